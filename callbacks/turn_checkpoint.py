@@ -1,0 +1,101 @@
+"""Leaves the run resumable: saves completed turns, on a schedule, at the end, and when asked to stop."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from stableedit_pl.run_directory import RunDirectory, flush_directory
+from stableedit_pl.stop_signals import StopRequested, StopSignals
+
+
+class TurnCheckpoint(Checkpoint):
+    """Writes ``checkpoints/turn=<n>.ckpt`` and points ``checkpoints/last.ckpt`` at the newest.
+
+    The first Ctrl-C or SIGTERM lets the turn finish, saves, and stops; a second Ctrl-C stops at once.
+
+    Args:
+        every_n_turns: save after every so many turns; None for never by count.
+        every_n_minutes: save when so many minutes have passed since the last time; None for never by time.
+        keep: how many ``turn=*.ckpt`` files stay.
+    """
+
+    def __init__(self, every_n_turns: int | None = 10, every_n_minutes: float | None = None, keep: int = 2) -> None:
+        """See the class.
+
+        Raises:
+            ValueError: if an interval or ``keep`` is not positive.
+        """
+        super().__init__()
+        for name, value in (("every_n_turns", every_n_turns), ("every_n_minutes", every_n_minutes), ("keep", keep)):
+            if value is not None and not value > 0:
+                raise ValueError(f"TurnCheckpoint.{name} must be positive, got {value}")
+        self.every_n_turns = every_n_turns
+        self.every_n_minutes = every_n_minutes
+        self.keep = keep
+        self.signals = StopSignals()
+        self._last_saved_at = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over the signals; Lightning has installed its own by now."""
+        self._last_saved_at = time.monotonic()
+        self.signals.install()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if it is time to.
+
+        Raises:
+            StopRequested: after saving, if a signal asked to stop.
+        """
+        stop = self.signals.received
+        if self._due(trainer) or stop is not None:
+            self._save(trainer)
+        if stop is not None:
+            raise StopRequested(stop, trainer.global_step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the signals back; everything is saved."""
+        self.signals.restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the signals back. Nothing is saved: the turn that failed may be half done."""
+        self.signals.restore()
+
+    def _due(self, trainer: Trainer) -> bool:
+        turn = trainer.global_step
+        by_count = self.every_n_turns is not None and turn % self.every_n_turns == 0
+        passed = time.monotonic() - self._last_saved_at
+        by_time = self.every_n_minutes is not None and passed >= 60 * self.every_n_minutes
+        last = trainer.is_last_batch or turn == trainer.max_steps or trainer.should_stop
+        return by_count or by_time or last
+
+    def _save(self, trainer: Trainer) -> None:
+        run = RunDirectory(trainer.default_root_dir)
+        file = run.checkpoints / f"turn={trainer.global_step}.ckpt"
+        trainer.save_checkpoint(file, weights_only=False)
+        if trainer.is_global_zero:
+            _point(run.last_checkpoint, file)
+            self._prune(run.checkpoints, newest=file)
+        self._last_saved_at = time.monotonic()
+
+    def _prune(self, folder: Path, newest: Path) -> None:
+        def turn_of(file: Path) -> int:
+            return int(file.stem.partition("=")[2])
+
+        files = sorted((f for f in folder.glob("turn=*.ckpt") if f != newest), key=turn_of)
+        for old in files[: max(0, len(files) - self.keep + 1)]:
+            old.unlink(missing_ok=True)
+
+
+def _point(last: Path, file: Path) -> None:
+    """Make ``last`` the same file as ``file``: a hard link, put in place by one rename."""
+    temporary = last.with_name(f".{last.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    os.link(file, temporary)
+    temporary.replace(last)
+    flush_directory(last.parent)

@@ -1,0 +1,148 @@
+"""The command ``stableedit``: LightningCLI with a run directory, and ``export``."""
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from jsonargparse import set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+import stableedit_pl.callbacks  # noqa: F401  (their short names work once they are imported)
+from stableedit_pl.compatibility import IncompatibleCheckpoint
+from stableedit_pl.editor import LifelongEditor
+from stableedit_pl.export import export_run
+from stableedit_pl.loading import LoadingError
+from stableedit_pl.planning import BadTurn
+from stableedit_pl.records import DataError
+from stableedit_pl.results import edits_per_second, read_results, results_table
+from stableedit_pl.run_directory import RunDirectory, RunDirectoryError
+from stableedit_pl.sites import SiteError
+from stableedit_pl.stop_signals import StopRequested
+from stableedit_pl.stream import EditStream
+from stableedit_pl.trainer import EditTrainer
+
+USER_ERRORS = (
+    BadTurn,
+    DataError,
+    IncompatibleCheckpoint,
+    LoadingError,
+    MisconfigurationException,
+    RunDirectoryError,
+    SiteError,
+)
+"""Errors whose message says all there is to say; anything else keeps its traceback."""
+
+
+class SaveSettings(SaveConfigCallback):
+    """Saves an edit run's full settings; a resumed run's beside them, numbered."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Save when a run starts or resumes."""
+        if stage == "fit" and not self.already_saved:
+            self.config_filename = RunDirectory(trainer.default_root_dir).next_config().name
+            super().setup(trainer, pl_module, stage)
+
+
+class EditCLI(LightningCLI):
+    """``fit``, ``validate``, ``test`` and ``predict`` on edit streams, and ``export``."""
+
+    trainer: EditTrainer
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the run directory, which everything that writes is linked to."""
+        parser.add_argument("--run_dir", type=str, default="runs/default", help="Everything a run writes lies in here.")
+        parser.add_argument("--overwrite", type=bool, default=False, help="Replace a run that is already in run_dir.")
+        parser.link_arguments("run_dir", "trainer.run_dir")
+        parser.link_arguments("overwrite", "trainer.overwrite")
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        export = LightningArgumentParser(description="Write a run's edited model as an ordinary Hugging Face folder.")
+        export.add_function_arguments(export_run)
+        self._subcommand_parsers["export"] = export
+        assert parser._subcommands_action is not None
+        parser._subcommands_action.add_subcommand(
+            "export", export, help="Write a run's edited model as an ordinary Hugging Face folder."
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would let a checkpoint's settings silently overrule the command line."""
+
+    def instantiate_classes(self) -> None:
+        """Build model, data and trainer; ``export`` needs none of them."""
+        if self.subcommand != "export":
+            super().instantiate_classes()
+
+    def _set_seed(self) -> None:
+        if self.config.get("subcommand") != "export":
+            super()._set_seed()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand == "export":
+            settings = self.config["export"].as_dict()
+            settings.pop("config", None)
+            folder = export_run(**settings)
+            _say(f"Wrote {folder}: load it with AutoModelForCausalLM.from_pretrained({str(folder)!r}).")
+            return
+        super()._run_subcommand(subcommand)
+
+    def after_fit(self) -> None:
+        """Show the final scores and where to look at the run."""
+        run = self.trainer.run_directory
+        if not self.trainer.is_global_zero or not run.results.is_file():
+            return
+        results = read_results(run.results)
+        _say(f"\n{results['edits']} edits in {results['turns'] - results['warmup_turns']} turns, "
+             f"{edits_per_second(results):.1f} edits per second ({results['settings']['scoring']})")  # fmt: skip
+        _say(results_table(results))
+        _say(f"\nCurves:  tensorboard --logdir {run.path}")
+        _say(f"Export:  stableedit export --run {run.path} --out MY_MODEL")
+
+    def predict(self, **kwargs: Any) -> None:
+        """Generate answers and write them to ``predictions.jsonl`` in the run directory."""
+        pieces = self.trainer.predict(**{**kwargs, "return_predictions": True}) or []
+        run = self.trainer.run_directory
+        run.path.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(answer, ensure_ascii=False) for piece in pieces for answer in piece]
+        run.predictions.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        _say(f"Wrote {len(lines)} answers to {run.predictions}")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: arguments; those of the process by default.
+
+    Raises:
+        SystemExit: 1 after an error whose message was printed, 2 for wrong arguments, 130 or 143 after Ctrl-C or
+            SIGTERM.
+    """
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    try:
+        EditCLI(
+            LifelongEditor,
+            EditStream,
+            save_config_callback=SaveSettings,
+            trainer_class=EditTrainer,
+            seed_everything_default=0,
+            parser_kwargs={"parser_mode": "omegaconf+", "description": __doc__},
+            auto_configure_optimizers=False,
+            args=None if args is None else list(args),
+        )
+    except StopRequested as stop:
+        command = " ".join(["stableedit", *(sys.argv[1:] if args is None else args)])
+        resume = command if "--ckpt_path" in command else f"{command} --ckpt_path last"
+        _say(f"\n{str(stop).capitalize()}; everything is saved. Go on with:\n  {resume}", error=True)
+        raise SystemExit(stop.exit_code) from None
+    except USER_ERRORS as error:
+        _say(f"\nError: {error}", error=True)
+        raise SystemExit(1) from error
+
+
+def _say(text: str, error: bool = False) -> None:
+    stream = sys.stderr if error else sys.stdout
+    stream.write(text + "\n")
+    stream.flush()

@@ -1,0 +1,189 @@
+"""A causal language model with chosen sites, that can be asked and scored, edited or not."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Self
+
+from lightning.pytorch import LightningModule
+
+from stableedit_pl.encoding import Encoder
+from stableedit_pl.loading import context_length, load_language_model, load_tokenizer
+from stableedit_pl.record_encoding import EncodedRecord
+from stableedit_pl.scoring import EditScores, RecordAnswers, Scorer, ScoringRule, answer_records, score_records
+from stableedit_pl.sites import Site, resolve_sites
+
+ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
+SpecificityReference = Literal["base_output", "stated_answer"]
+
+
+class EditableModel(LightningModule):
+    """Loads the language model, finds its sites, and runs ``validate``, ``test`` and ``predict``.
+
+    Args:
+        base_model: folder or hub id of a Hugging Face causal language model; ``demo`` for the shipped one.
+        sites: module names, globs, ``{a..b}`` ranges.
+        model_dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+        scoring: rule of all scores.
+        specificity_reference: what specificity is agreement with.
+        scoring_batch_size: prompts per forward pass when scoring.
+    """
+
+    def __init__(
+        self,
+        base_model: str,
+        sites: Sequence[str],
+        model_dtype: ModelDtype,
+        scoring: ScoringRule,
+        specificity_reference: SpecificityReference,
+        scoring_batch_size: int,
+    ) -> None:
+        """See the class.
+
+        Raises:
+            ValueError: if a size is not positive.
+        """
+        super().__init__()
+        if scoring_batch_size < 1:
+            raise ValueError(f"scoring_batch_size must be at least 1, got {scoring_batch_size}")
+        self.base_model = base_model
+        self.site_patterns = sites
+        self.model_dtype = model_dtype
+        self.scoring: ScoringRule = scoring
+        self.specificity_reference = specificity_reference
+        self.scoring_batch_size = scoring_batch_size
+        self.device_map: Any = None
+        self.sites: list[Site] = []
+        self.edits_loaded = False
+        self._tokenizer: Any = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base model's tokenizer."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.base_model)
+        return self._tokenizer
+
+    def encoder(self, count_bare_space: bool = False) -> Encoder:
+        """Encodes text for this model."""
+        return Encoder(self.tokenizer, context_length(self.base_model), count_bare_space)
+
+    def configure_model(self) -> None:
+        """Load the base model and find its sites; does nothing the second time.
+
+        Raises:
+            LoadingError: if the model cannot be loaded.
+            SiteError: if a pattern names nothing that can be edited.
+        """
+        if self.sites:
+            return
+        self.model = load_language_model(self.base_model, self.model_dtype, self.device_map)
+        self.sites = resolve_sites(self.model, self.site_patterns)
+
+    @contextlib.contextmanager
+    def base_weights(self) -> Iterator[None]:
+        """Run with the base model's weights at all sites; the edited ones return afterwards, bit for bit."""
+        with contextlib.ExitStack() as stack:
+            for site in self.sites:
+                stack.enter_context(site.original_weight())
+            yield
+
+    def train(self, mode: bool = True) -> Self:
+        """Set this module's flag; the language model stays in eval mode, as edits require."""
+        super().train(mode)
+        if self.sites:
+            self.model.eval()
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the model, unless its device map already placed it."""
+        if getattr(getattr(self, "model", None), "hf_device_map", None):
+            return self
+        super().to(*args, **kwargs)
+        return self
+
+    # ---- scoring
+
+    @property
+    def pad_id(self) -> int:
+        """Token id that fills padding."""
+        return Encoder(self.tokenizer).pad_id
+
+    def scorer(self, rule: ScoringRule | None = None) -> Scorer:
+        """Asks this model, by ``rule`` or the editor's own."""
+        return Scorer(self.model, rule or self.scoring, self.scoring_batch_size, self.pad_id)
+
+    def answer(self, records: Sequence[EncodedRecord], rule: ScoringRule | None = None) -> list[RecordAnswers]:
+        """This model's answers to all prompts of the edits."""
+        with self.forward_context():
+            return answer_records(self.scorer(rule), records)
+
+    def compare(
+        self,
+        records: Sequence[EncodedRecord],
+        answers: Sequence[RecordAnswers],
+        base: Sequence[RecordAnswers],
+        rule: ScoringRule | None = None,
+    ) -> list[tuple[float, float | None, float | None]]:
+        """Efficacy, generalization and specificity of each edit.
+
+        Args:
+            records: the edits.
+            answers: of the model that is scored.
+            base: of the unedited model; used when ``specificity_reference`` is ``base_output``.
+            rule: instead of the editor's own.
+        """
+        reference = base if self.specificity_reference == "base_output" else None
+        return score_records(records, answers, rule or self.scoring, reference)
+
+    @contextlib.contextmanager
+    def forward_context(self) -> Iterator[None]:
+        """The trainer's precision for forward passes outside ``training_step``."""
+        trainer = self._trainer
+        precision = contextlib.nullcontext() if trainer is None else trainer.precision_plugin.forward_context()
+        with precision:
+            yield
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the scores of ``validate``."""
+        self._scores = EditScores()
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def validation_step(self, records: list[EncodedRecord], batch_idx: int) -> None:
+        """Score a piece of the stream. Without edits loaded there is no unedited model to agree with."""
+        base = None
+        if self.edits_loaded and self.specificity_reference == "base_output":
+            with self.base_weights():
+                base = self.answer(records)
+        answers = self.answer(records)
+        self._scores.update(score_records(records, answers, self.scoring, base))
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores of ``validate``."""
+        for kind, value in self._scores.compute().items():
+            if value is not None:
+                self.log(kind, value, logger=False, batch_size=1)
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, records: list[EncodedRecord], batch_idx: int) -> list[dict[str, str]]:
+        """Greedy answers to the edits' prompts: ``id``, ``prompt``, ``target``, ``answer``."""
+        with self.forward_context():
+            answers = self.scorer("greedy_match").answers([record.efficacy for record in records])
+        return [
+            {
+                "id": encoded.record.id,
+                "prompt": encoded.record.prompt,
+                "target": encoded.record.target,
+                "answer": self.tokenizer.decode(answer.tokens, skip_special_tokens=True).strip(),
+            }
+            for encoded, answer in zip(records, answers, strict=True)
+        ]
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write the edited model and its tokenizer as an ordinary Hugging Face folder."""
+        self.configure_model()
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)

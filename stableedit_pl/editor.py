@@ -1,0 +1,279 @@
+"""``LifelongEditor``: the language model, its edited sites and its LN statistics, as a LightningModule.
+
+One turn: ``training_step`` captures keys and value gradients (its own backward), Lightning calls the optimizer,
+and ``ClosedFormEdit.step`` plans and commits. ``trainer.global_step`` is the number of committed turns.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.modules.module import _IncompatibleKeys
+
+from stableedit_pl.capture import Captured, LossReduction, capture
+from stableedit_pl.closed_form import ClosedFormEdit, EditorState, StepInput
+from stableedit_pl.compatibility import base_model_digest, refuse_differences
+from stableedit_pl.editable_model import EditableModel, ModelDtype, SpecificityReference
+from stableedit_pl.guards import check_trainer
+from stableedit_pl.normalization import Normalization
+from stableedit_pl.planning import MethodSettings
+from stableedit_pl.report import TurnReport
+from stableedit_pl.scoring import ScoringRule, match, target_tokens
+from stableedit_pl.statistics import LNStatistics, StatisticsScope
+from stableedit_pl.turns import Turn
+
+
+class LifelongEditor(EditableModel):
+    """Edits a causal language model turn by turn with lifelong normalization (StableEdit, arXiv 2605.11836).
+
+    Args:
+        base_model: folder or hub id of a Hugging Face causal language model; ``demo`` for the shipped one.
+        sites: weights to edit: module names, globs, ``{a..b}`` ranges.
+        normalization: ``whiten`` (StableEdit), ``standardize`` (UltraEdit) or ``none`` (no lifelong normalization).
+        step_size: scale of the targets of the ridge regression.
+        ridge: weight of the update's squared norm; larger changes less.
+        prior_strength: pseudo-observations per dimension of the value gradients' covariance prior; 0 selects
+            the paper's improper prior.
+        eigenvalue_floor: absolute lower bound on the covariance estimate's eigenvalues.
+        statistics_scope: one set of moments per ``site``, or per ``shape`` as the published program.
+        loss_reduction: ``token_sum`` (results do not depend on micro-batches) or ``micro_batch_mean`` (the
+            published program).
+        master_dtype: ``float32`` keeps a float32 copy of the sites of a bfloat16 or float16 model and rounds from
+            there; ``model`` updates the weights in their own dtype.
+        model_dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+        scoring: rule of all scores: ``token_match``, ``exact_match`` or ``greedy_match``.
+        specificity_reference: specificity is agreement with the unedited model's own output (``base_output``) or
+            with the data's ``stated_answer``.
+        scoring_batch_size: prompts per forward pass when scoring.
+    """
+
+    def __init__(
+        self,
+        base_model: str,
+        sites: list[str],
+        normalization: Normalization = "whiten",
+        step_size: float = 1e-6,
+        ridge: float = 10.0,
+        prior_strength: float = 1.0,
+        eigenvalue_floor: float = 0.0,
+        statistics_scope: StatisticsScope = "site",
+        loss_reduction: LossReduction = "token_sum",
+        master_dtype: Literal["float32", "model"] = "float32",
+        model_dtype: ModelDtype = "auto",
+        scoring: ScoringRule = "token_match",
+        specificity_reference: SpecificityReference = "base_output",
+        scoring_batch_size: int = 128,
+    ) -> None:
+        """See the class.
+
+        Raises:
+            ValueError: if a setting is out of range.
+        """
+        super().__init__(base_model, sites, model_dtype, scoring, specificity_reference, scoring_batch_size)
+        self.save_hyperparameters()
+        self.settings = MethodSettings(normalization, step_size, ridge, prior_strength, eigenvalue_floor)
+        self.statistics_scope: StatisticsScope = statistics_scope
+        self.loss_reduction: LossReduction = loss_reduction
+        self.master_dtype = master_dtype
+        self.editor_device: torch.device | None = None
+        self.report: TurnReport | None = None
+        self._captured: Captured | None = None
+        self._turn: Turn | None = None
+        self._capture_seconds = 0.0
+
+    def configure_model(self) -> None:
+        """Load the base model, find its sites, and start their statistics; does nothing the second time.
+
+        Raises:
+            LoadingError: if the model cannot be loaded.
+            SiteError: if a pattern names nothing that can be edited.
+        """
+        if not self.sites:
+            super().configure_model()
+            self.state = EditorState(LNStatistics.empty(self.sites, self.statistics_scope))
+
+    def place_state(self) -> None:
+        """Put moments and master weights where the algebra happens: beside each site, or on ``editor_device``."""
+        devices = {site.name: self.editor_device or site.weight.device for site in self.sites}
+        placed = LNStatistics.empty(self.sites, self.statistics_scope, devices)
+        self.state.statistics = placed.loaded(self.state.statistics.tensors(), "this run")
+        for site in self.sites:
+            if self.master_dtype == "float32":
+                site.use_master(devices[site.name])
+
+    # ---- one turn
+
+    def setup(self, stage: str) -> None:
+        """Refuse trainer settings that would break the stream.
+
+        Raises:
+            MisconfigurationException: naming the setting and what to use instead.
+        """
+        if stage == "fit":
+            check_trainer(self.trainer)
+
+    def on_fit_start(self) -> None:
+        """Place the editor's state; the model is on its device by now."""
+        self.place_state()
+
+    def on_train_start(self) -> None:
+        """Hold the loops' position against the editor's own.
+
+        Raises:
+            RuntimeError: if they differ.
+        """
+        if self.state.committed_turns != self.trainer.global_step:
+            raise RuntimeError(
+                f"the checkpoint has {self.state.committed_turns} committed turns but the trainer is at step "
+                f"{self.trainer.global_step}; resume from a checkpoint of this project, or start a new run"
+            )
+
+    def configure_optimizers(self) -> ClosedFormEdit:
+        """The optimizer whose step is one turn."""
+        return ClosedFormEdit(self.sites, self.state, self._take_input)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Turns hold text and token ids; capture moves one micro-batch at a time."""
+        return batch
+
+    def training_step(self, turn: Turn, batch_idx: int) -> Tensor:
+        """Capture the turn's keys and value gradients.
+
+        Returns:
+            Mean loss of the turn's edits before it is applied, detached.
+        """
+        started = time.perf_counter()
+        self._turn = turn
+        self._captured = capture(
+            self.model,
+            self.sites,
+            [edit.encoding for edit in turn.edits],
+            turn.micro_batch_size,
+            self.pad_id,
+            self.loss_reduction,
+        )
+        self._capture_seconds = time.perf_counter() - started
+        return torch.tensor(self._captured.mean_loss)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Nothing: ``training_step`` took the gradients it needs."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Apply the turn, then measure what it did (``self.report``)."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        step: ClosedFormEdit = getattr(optimizer, "optimizer", optimizer)
+        assert self._turn is not None and self._captured is not None and step.last is not None
+        started = time.perf_counter()
+        losses_after, scores = self._at_edit(self._turn, self._captured)
+        seconds = {"capture": self._capture_seconds, **step.last.seconds, "score": time.perf_counter() - started}
+        self.report = TurnReport(
+            turn=self._turn,
+            losses_before=self._captured.losses,
+            losses_after=losses_after,
+            known_before=[correct == 1.0 for correct in self._captured.correct],
+            at_edit=scores,
+            step=step.last,
+            seconds=seconds,
+        )
+        self._captured = None
+
+    def _take_input(self) -> StepInput:
+        assert self._captured is not None and self._turn is not None
+        override = self._turn.normalization
+        settings = self.settings if override is None else replace(self.settings, normalization=override)
+        return StepInput(self._captured, settings, self._turn.update_weights)
+
+    def _at_edit(self, turn: Turn, captured: Captured) -> tuple[list[float], list[float] | None]:
+        """Losses and scores of the turn's own edits right after it."""
+        if not turn.update_weights:
+            return captured.losses, None
+        scorer = self.scorer()
+        encodings = [edit.encoding for edit in turn.edits]
+        with self.forward_context():
+            forced = scorer.teacher_forced(encodings)
+            answers = scorer.answers(encodings) if self.scoring == "greedy_match" else forced
+        scores = [
+            match(answer.tokens, target_tokens(encoding, self.scoring), self.scoring)
+            for answer, encoding in zip(answers, encodings, strict=True)
+        ]
+        return [answer.loss for answer in forced], scores
+
+    # ---- checkpoints
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a checkpoint must share with the run that loads it: base model, sites and method."""
+        return {
+            "base_model": base_model_digest(self.model.config, self.sites),
+            "sites": [site.name for site in self.sites],
+            **asdict(self.settings),
+            "statistics_scope": self.statistics_scope,
+            "loss_reduction": self.loss_reduction,
+            "master_dtype": self.master_dtype,
+            "model_dtype": self.model_dtype,
+        }
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The edited sites' weights (``model.<name>.weight``) and the moments (``statistics/...``); nothing else.
+
+        Raises:
+            RuntimeError: in the middle of a commit, when weights and statistics belong to different turns.
+        """
+        if not self.sites:
+            return {}
+        if self.state.committing:
+            raise RuntimeError("a turn is half committed: this state must not be saved; use the previous checkpoint")
+        weights = {f"model.{site.name}.weight": site.state.detach() for site in self.sites}
+        return weights | {f"statistics/{name}": value for name, value in self.state.statistics.tensors().items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Take over weights and moments, exactly the keys of :meth:`state_dict`.
+
+        Raises:
+            ValueError: if keys or shapes differ; the message lists them.
+        """
+        self.configure_model()
+        weights = {f"model.{site.name}.weight": site for site in self.sites}
+        missing = [name for name in weights if name not in state_dict]
+        extra = [name for name in state_dict if name not in weights and not name.startswith("statistics/")]
+        if missing or extra:
+            raise ValueError(f"the checkpoint does not hold this run's sites; missing: {missing}; unexpected: {extra}")
+        statistics = {n.removeprefix("statistics/"): t for n, t in state_dict.items() if n.startswith("statistics/")}
+        loaded = self.state.statistics.loaded(statistics, "the checkpoint")
+        for name, site in weights.items():
+            if state_dict[name].shape != site.weight.shape:
+                raise ValueError(
+                    f"{name}: {list(state_dict[name].shape)} in the checkpoint, {list(site.weight.shape)} here"
+                )
+        for name, site in weights.items():
+            site.load(state_dict[name])
+        self.state.statistics = loaded
+        self.edits_loaded = True
+        return _IncompatibleKeys([], [])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what identifies the run."""
+        checkpoint["stableedit"] = {
+            "fingerprint": self.fingerprint(),
+            "committed_turns": self.state.committed_turns,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another base model or method; take over the position.
+
+        Raises:
+            IncompatibleCheckpoint: with a table of what differs.
+        """
+        self.configure_model()
+        ours = checkpoint.get("stableedit")
+        if ours is None:
+            raise ValueError("this checkpoint was not written by stableedit_pl: it has no record of committed turns")
+        refuse_differences("the checkpoint", ours["fingerprint"], self.fingerprint())
+        self.state.committed_turns = ours["committed_turns"]
+        # Lightning stores "that was the last batch"; a stream or horizon that grew since would end at once.
+        loop = checkpoint.get("loops", {}).get("fit_loop", {})
+        progress = loop.get("epoch_loop.batch_progress")
+        if progress is not None:
+            progress["is_last_batch"] = False

@@ -1,0 +1,162 @@
+"""Text to token ids: what the model reads, and which positions predict the target.
+
+Vocabulary used by every other file:
+
+* an *encoding* is one prompt with its target: ``input_ids`` (prompt, then the target without its last
+  token) and ``labels`` of the same length, ``IGNORED`` except at the *answer tokens*, the positions
+  whose next token is a token of the target;
+* a *batch* is several encodings, padded on the right.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""Label of a position that predicts no target token (the value PyTorch's cross entropy ignores)."""
+
+T = TypeVar("T")
+
+
+class EncodingError(ValueError):
+    """A prompt or target that this tokenizer and model cannot take; the message says which and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """Token ids of one prompt and its target.
+
+    Attributes:
+        input_ids: prompt tokens, then all target tokens but the last.
+        labels: same length; the next token where that is an answer token, else ``IGNORED``.
+        prompt_length: number of leading ``input_ids`` that belong to the prompt.
+    """
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    prompt_length: int
+
+    @property
+    def target_ids(self) -> list[int]:
+        """The target's tokens that count as answer tokens, in order."""
+        return [label for label in self.labels if label != IGNORED]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Right-padded encodings on one device.
+
+    Attributes:
+        input_ids: int64 ``[edits, length]``.
+        attention_mask: int64 ``[edits, length]``, 0 on padding.
+        labels: int64 ``[edits, length]``, ``IGNORED`` away from answer tokens.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+    @property
+    def answers(self) -> Tensor:
+        """Boolean ``[edits, length]``: true at the answer tokens."""
+        return self.labels != IGNORED
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns prompts and targets into encodings for one tokenizer and model.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        context_length: longest input the model takes, in tokens; None when it states none.
+        count_bare_space: count a token that is nothing but sentencepiece's word mark, which some tokenizers put
+            before a target, as an answer token, as the published program does. Off, it is read but not scored.
+    """
+
+    tokenizer: Any
+    context_length: int | None = None
+    count_bare_space: bool = False
+
+    @property
+    def pad_id(self) -> int:
+        """Token id that fills padding; never attended to, so any valid id serves."""
+        for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if candidate is not None:
+                return int(candidate)
+        return 0
+
+    def encode(self, prompt: str, target: str) -> Encoding:
+        """Encode one prompt and target: tokens of the prompt, then those of ``" " + target``.
+
+        Args:
+            prompt: text, tokenized with the tokenizer's special tokens.
+            target: text, tokenized without special tokens after one space.
+
+        Returns:
+            The encoding; at least one position is an answer token.
+
+        Raises:
+            EncodingError: if the prompt or the target has no tokens, or both together do not fit the context.
+        """
+        prompt_ids = list(self.tokenizer(prompt, add_special_tokens=True)["input_ids"])
+        target_ids = list(self.tokenizer(" " + target, add_special_tokens=False)["input_ids"])
+        # Some tokenizers close every text with an end token; after the prompt it would end the sentence
+        # before the answer. It is part of the special tokens, so the target starts where it stood.
+        eos = self.tokenizer.eos_token_id
+        if len(prompt_ids) > 1 and prompt_ids[-1] == eos and eos != self.tokenizer.bos_token_id:
+            prompt_ids.pop()
+        counted = [self.count_bare_space or not self._is_bare_space(token) for token in target_ids]
+        if not prompt_ids:
+            raise EncodingError(f"the prompt {prompt!r} tokenizes to nothing, so no position predicts the target")
+        if not any(counted):
+            raise EncodingError(f"the target {target!r} tokenizes to nothing that could be scored")
+        length = len(prompt_ids) + len(target_ids) - 1
+        if self.context_length is not None and length > self.context_length:
+            raise EncodingError(
+                f"prompt and target need {length} tokens, but the model's context is {self.context_length}"
+            )
+        answer_labels = [token if keep else IGNORED for token, keep in zip(target_ids, counted, strict=True)]
+        return Encoding(
+            input_ids=tuple(prompt_ids + target_ids[:-1]),
+            labels=tuple([IGNORED] * (len(prompt_ids) - 1) + answer_labels),
+            prompt_length=len(prompt_ids),
+        )
+
+    def _is_bare_space(self, token: int) -> bool:
+        """Whether a token is nothing but sentencepiece's word mark; a byte-level space is a token like others."""
+        piece = self.tokenizer.convert_ids_to_tokens(token)
+        return bool(piece) and not piece.strip("\u2581")
+
+
+def collate(encodings: Sequence[Encoding], pad_id: int, device: torch.device | str = "cpu") -> Batch:
+    """Pad encodings on the right to the longest of them.
+
+    Args:
+        encodings: at least one.
+        pad_id: token id written on padding (masked out).
+        device: where the batch goes.
+
+    Returns:
+        The batch, int64 ``[len(encodings), longest]``.
+    """
+    longest = max(len(encoding.input_ids) for encoding in encodings)
+    input_ids = torch.full((len(encodings), longest), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros((len(encodings), longest), dtype=torch.int64)
+    labels = torch.full((len(encodings), longest), IGNORED, dtype=torch.int64)
+    for row, encoding in enumerate(encodings):
+        n = len(encoding.input_ids)
+        input_ids[row, :n] = torch.tensor(encoding.input_ids)
+        attention_mask[row, :n] = 1
+        labels[row, :n] = torch.tensor(encoding.labels)
+    return Batch(input_ids.to(device), attention_mask.to(device), labels.to(device))
+
+
+def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Consecutive pieces of at most ``size`` items; the last may be shorter, none is dropped."""
+    iterator = iter(items)
+    while piece := list(islice(iterator, size)):
+        yield piece

@@ -1,0 +1,70 @@
+"""Trainer settings that would break an edit stream, refused with what to use instead."""
+
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Hold a trainer's settings against what a stream of turns needs.
+
+    Raises:
+        MisconfigurationException: one sentence per setting that cannot be used.
+    """
+    problems = [message for broken, message in _rules(trainer) if broken]
+    if problems:
+        raise MisconfigurationException("This trainer cannot run an edit stream:\n  - " + "\n  - ".join(problems))
+
+
+def _rules(trainer: Any) -> list[tuple[bool, str]]:
+    checkpoints = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]
+    return [
+        (
+            trainer.accumulate_grad_batches != 1,
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches} would delay turns; "
+            "use data.turn_size for the edits of a turn and data.micro_batch_size for memory.",
+        ),
+        (
+            trainer.gradient_clip_val is not None,
+            "gradient_clip_val has nothing to clip, an update is solved, not stepped; use model.ridge or "
+            "model.step_size to keep it small.",
+        ),
+        (
+            bool(trainer.overfit_batches),
+            "overfit_batches repeats turns, and every edit is applied once; use data.max_edits for a short stream.",
+        ),
+        (
+            trainer.limit_train_batches not in (1.0, None),
+            f"limit_train_batches={trainer.limit_train_batches} would drop turns; use trainer.max_steps as the "
+            "horizon in turns, or data.max_edits.",
+        ),
+        (
+            trainer.max_epochs != 1,
+            f"max_epochs={trainer.max_epochs}: a stream has no epochs; use max_epochs=1, with max_steps for a horizon.",
+        ),
+        (
+            trainer.min_epochs not in (None, 0, 1) or trainer.min_steps is not None,
+            "min_epochs and min_steps have no meaning for a stream; leave them out.",
+        ),
+        (
+            trainer.precision == "16-mixed",
+            "precision=16-mixed scales the loss, and with it the value gradients; use bf16-mixed or 16-true.",
+        ),
+        (
+            trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler,
+            "use_distributed_sampler would shuffle and split the stream; set it to false.",
+        ),
+        (
+            trainer.world_size > 1,
+            f"{trainer.world_size} processes: an edit run uses one process; set trainer.devices to 1 "
+            "(DevicePlacement spreads a model over several devices).",
+        ),
+        (
+            any(callback._save_on_exception for callback in checkpoints if hasattr(callback, "_save_on_exception"))
+            or any(getattr(callback, "save_on_exception", False) for callback in checkpoints),
+            "ModelCheckpoint(save_on_exception=True) could save a turn without its ledger lines; leave it out, "
+            "TurnCheckpoint saves completed turns.",
+        ),
+    ]

@@ -1,0 +1,92 @@
+"""Records to encodings, with errors that name file, row and field."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stableedit_pl.encoding import Encoder, Encoding, EncodingError
+from stableedit_pl.records import DataError, EditRecord, Problem
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRecord:
+    """One edit with everything that scores it.
+
+    Attributes:
+        record: the edit.
+        efficacy: its prompt with its target.
+        generalization: its rephrasings with its target.
+        specificity: its locality prompts with their stated answers.
+    """
+
+    record: EditRecord
+    efficacy: Encoding
+    generalization: tuple[Encoding, ...]
+    specificity: tuple[Encoding, ...]
+
+
+@dataclass(frozen=True)
+class RecordEncoder:
+    """Encodes the records of one file.
+
+    Args:
+        encoder: for one tokenizer and model.
+        path: the file, for error messages.
+    """
+
+    encoder: Encoder
+    path: Path
+
+    def __call__(self, record: EditRecord) -> Encoding:
+        """Encode the edit itself: prompt and target.
+
+        Raises:
+            DataError: if it does not fit the model.
+        """
+        return self._encode(record, "prompt", record.prompt, record.target)
+
+    def scored(self, record: EditRecord) -> EncodedRecord:
+        """Encode the edit with all prompts that score it.
+
+        Raises:
+            DataError: if one of them does not fit the model.
+        """
+        return EncodedRecord(
+            record,
+            self(record),
+            tuple(self._encode(record, "rephrases", text, record.target) for text in record.rephrases),
+            tuple(self._encode(record, "locality", probe.prompt, probe.target) for probe in record.locality),
+        )
+
+    def check(self, records: Sequence[EditRecord]) -> None:
+        """Encode every record once, so that a row the model cannot take is found before any weight is touched.
+
+        Raises:
+            DataError: listing every such row.
+        """
+        problems: list[Problem] = []
+        for record in records:
+            try:
+                self.scored(record)
+            except DataError as error:
+                problems.extend(error.problems)
+        if problems:
+            raise DataError(self.path, problems)
+
+    def _encode(self, record: EditRecord, field: str, prompt: str, target: str) -> Encoding:
+        try:
+            return self.encoder.encode(prompt, target)
+        except EncodingError as error:
+            about_target = "the target" in str(error) and field == "prompt"
+            raise DataError(
+                self.path,
+                [
+                    Problem(
+                        problem=str(error),
+                        remedy="Shorten or correct the text, or remove the row.",
+                        field="target" if about_target else field,
+                        row=record.row,
+                        place=f"row {record.row} (id {record.id!r})",
+                    )
+                ],
+            ) from error

@@ -1,0 +1,129 @@
+"""``results.json``: the final scores, each with how it was measured, and the table of them."""
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from stableedit_pl.curves import tensorboard_writers
+from stableedit_pl.editor import LifelongEditor
+from stableedit_pl.plain import plain
+from stableedit_pl.run_directory import RunDirectory, write_atomically
+from stableedit_pl.scoring import KINDS
+from stableedit_pl.stream import EditStream
+
+_RULES = {
+    "token_match": "teacher forcing; fraction of the target's tokens that are the model's first choice",
+    "exact_match": "teacher forcing; 1 if all of the target's tokens are the model's first choice",
+    "greedy_match": "free greedy decoding from the prompt; 1 if it writes the target's tokens",
+}
+_REFERENCES = {
+    "base_output": "agreement with the unedited model's own answers to the locality prompts",
+    "stated_answer": "agreement with the answers that the data states",
+}
+
+
+def write_results(
+    trainer: Trainer,
+    editor: LifelongEditor,
+    stream: EditStream,
+    results: dict[str, Any],
+    measured: Mapping[str, str],
+) -> None:
+    """Write ``results.json`` and show the same in TensorBoard.
+
+    Args:
+        trainer: of the finished run.
+        editor: whose settings decide the scores.
+        stream: what was edited.
+        results: counts, scores and seconds.
+        measured: score to how it was taken.
+    """
+    hparams, data = plain(dict(editor.hparams)), plain(dict(stream.hparams))
+    results = {
+        **results,
+        "measured": {
+            **measured,
+            "rule": f"{editor.scoring}: {_RULES[editor.scoring]}",
+            "specificity": _REFERENCES[editor.specificity_reference],
+            "generalization": "mean over an edit's rephrasings, then over edits that have any",
+        },
+        "settings": {
+            "model": hparams,
+            "data": data,
+            "warm_up": None if stream.warm_up is None else {k: getattr(stream.warm_up, k) for k in _WARM_UP},
+            "checksums": {f"{name}_sha256": digest for name, digest in stream.checksums().items()},
+            "prompt_template": '"<prompt>" and " <target>", tokens joined; special tokens with the prompt only',
+            "scoring": editor.scoring,
+            "seed": _seed(),
+            "precision": str(trainer.precision),
+            "versions": {
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("stableedit_pl", "torch", "transformers", "lightning")},
+            },
+        },
+    }
+    if trainer.is_global_zero:
+        text = json.dumps(results, indent=2, default=str) + "\n"
+        write_atomically(RunDirectory(trainer.default_root_dir).results, text)
+    _show(trainer, results, hparams)
+
+
+_WARM_UP = ("position", "mode", "turns", "normalization")
+
+
+def results_table(results: Mapping[str, Any]) -> str:
+    """The scores as a small table of text."""
+    rows: list[tuple[str, ...]] = [("", *KINDS)]
+    for name, label in (("base", "base"), ("at_edit", "at-edit"), ("retained", "retained")):
+        scores = results[name]
+        rows.append((label, *("-" if scores.get(kind) is None else f"{scores[kind]:.3f}" for kind in KINDS)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The results of a run."""
+    loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return loaded
+
+
+def edits_per_second(results: Mapping[str, Any]) -> float:
+    """Target edits per second of editing (capture, plan and commit; scores not counted)."""
+    seconds = results["seconds"]["edit"]
+    return float(results["edits"] / seconds) if seconds else float("nan")
+
+
+def _seed() -> int | None:
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    return None if seed is None else int(seed)
+
+
+def _show(trainer: Trainer, results: dict[str, Any], hparams: dict[str, Any]) -> None:
+    """The table as text, and the settings as hparams with the final scores as their metrics."""
+    step = trainer.global_step
+    markdown = ["| | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 1) + "|"]
+    for name in ("base", "at_edit", "retained"):
+        scores = results[name]
+        cells = ["-" if scores.get(kind) is None else f"{scores[kind]:.3f}" for kind in KINDS]
+        markdown.append(f"| {name} | " + " | ".join(cells) + " |")
+    for writer in tensorboard_writers(trainer):
+        writer.add_text("results", "\n".join(markdown), step)
+    metrics = {f"final/retained_{kind}": value for kind, value in results["retained"].items() if value is not None}
+    flat = {
+        name: value if isinstance(value, (int, float, bool, str)) else str(value) for name, value in hparams.items()
+    }
+    flat |= {"turn_size": results["settings"]["data"].get("turn_size", 0), "edits": results["edits"]}
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.log_hyperparams(flat, {name: torch.tensor(value) for name, value in metrics.items()}, step=step)

@@ -1,0 +1,128 @@
+"""The run directory: everything a run writes lies directly in here, under these names."""
+
+import os
+import shutil
+from pathlib import Path
+
+LAST = "last"
+"""What ``--ckpt_path`` says to mean the newest checkpoint of the run directory."""
+
+
+class RunDirectoryError(ValueError):
+    """A run directory that cannot be used as asked; the message says what to do."""
+
+
+class RunDirectory:
+    """Names of a run's files, and the rules for starting and resuming in it.
+
+    Args:
+        path: the directory; need not exist.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """See the class."""
+        self.path = Path(path).expanduser()
+        self.config = self.path / "config.yaml"
+        self.checkpoints = self.path / "checkpoints"
+        self.last_checkpoint = self.checkpoints / "last.ckpt"
+        self.statistics = self.path / "statistics.safetensors"
+        self.ledger = self.path / "edits.jsonl"
+        self.results = self.path / "results.json"
+        self.predictions = self.path / "predictions.jsonl"
+
+    def holds_run(self) -> bool:
+        """Whether a run has written here."""
+        return self.config.exists() or self.ledger.exists() or self.last_checkpoint.exists()
+
+    def checkpoint(self, ckpt_path: str | Path | None) -> Path | None:
+        """The file that ``ckpt_path`` means.
+
+        Args:
+            ckpt_path: None, ``last``, or a file.
+
+        Raises:
+            RunDirectoryError: if there is no such checkpoint. Starting over silently would apply every edit
+                to the unedited model a second time.
+        """
+        if ckpt_path is None:
+            return None
+        if ckpt_path == LAST:
+            if not self.last_checkpoint.is_file():
+                raise RunDirectoryError(
+                    f"--ckpt_path last: {self.path} has no checkpoints/last.ckpt, so there is nothing to resume. "
+                    "Check --run_dir, or start the run again with --overwrite true and without --ckpt_path."
+                )
+            return self.last_checkpoint
+        file = Path(ckpt_path).expanduser()
+        if not file.is_file():
+            raise RunDirectoryError(f"--ckpt_path {ckpt_path}: there is no such file")
+        return file
+
+    def prepare(self, resuming_from: Path | None, overwrite: bool) -> None:
+        """Make the directory ready for ``fit``.
+
+        Args:
+            resuming_from: the checkpoint a run goes on from; None for a new run.
+            overwrite: remove the run that is here.
+
+        Raises:
+            RunDirectoryError: if a new run would overwrite one, or a resumed one would go on elsewhere.
+        """
+        if resuming_from is not None:
+            if resuming_from.resolve().parent != self.checkpoints.resolve():
+                raise RunDirectoryError(
+                    f"--ckpt_path {resuming_from} belongs to the run in {resuming_from.resolve().parent.parent}, but "
+                    f"--run_dir is {self.path}. A run is resumed where it was: set --run_dir to that directory."
+                )
+        elif self.holds_run():
+            if not overwrite:
+                raise RunDirectoryError(
+                    f"{self.path} already holds a run. Resume it with --ckpt_path last, choose another --run_dir, "
+                    "or replace it with --overwrite true."
+                )
+            self._clear()
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def next_config(self) -> Path:
+        """``config.yaml``, or ``config-2.yaml`` and so on for the settings of a resumed run."""
+        candidate, number = self.config, 2
+        while candidate.exists():
+            candidate, number = self.path / f"config-{number}.yaml", number + 1
+        return candidate
+
+    def _clear(self) -> None:
+        """Remove a run's own files; anything else in the directory stays."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        own = [self.statistics, self.ledger, self.results, self.predictions]
+        for file in [*own, *self.path.glob("config*.yaml"), *self.path.glob("events.out.tfevents.*")]:
+            file.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a small file so that a reader, or a crash, sees the old content or the new, never a piece."""
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        flush_to_disk(file.fileno())
+    temporary.replace(path)
+    flush_directory(path.parent)
+
+
+def flush_to_disk(descriptor: int) -> None:
+    """Wait until the operating system has written a file."""
+    os.fsync(descriptor)
+
+
+def flush_directory(path: Path) -> None:
+    """Make a rename in ``path`` durable (a no-op where directories cannot be opened)."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,240 @@
+"""Scores of edits: how well a model answers, under a rule that is named with every number.
+
+* ``token_match``: the target is fed in (teacher forcing); fraction of answer tokens that are the model's first
+  choice. The field's usual figure, and a flattering one.
+* ``exact_match``: the same, 1 only if all answer tokens are.
+* ``greedy_match``: the model decodes freely from the prompt; 1 only if it writes the target's tokens.
+
+A prompt has one score; an edit's efficacy, generalization and specificity are the means over its prompts of that
+kind, and a stream's are the means over the edits that have such prompts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from stableedit_pl.capture import answer_loss
+from stableedit_pl.encoding import Encoding, chunks, collate
+from stableedit_pl.record_encoding import EncodedRecord
+
+ScoringRule = Literal["token_match", "exact_match", "greedy_match"]
+KINDS = ("efficacy", "generalization", "specificity")
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model answers to one prompt, and what that cost it.
+
+    Attributes:
+        tokens: the predicted token at each answer token (or as many decoded tokens).
+        loss: cross entropy summed over the target's answer tokens; NaN when decoded freely.
+    """
+
+    tokens: Ids
+    loss: float = float("nan")
+
+
+def target_tokens(encoding: Encoding, rule: ScoringRule) -> Ids:
+    """The tokens an answer is compared with: the answer tokens, or the whole target when decoded freely."""
+    if rule == "greedy_match":
+        return (*encoding.input_ids[encoding.prompt_length :], encoding.labels[-1])
+    return tuple(encoding.target_ids)
+
+
+def match(answer: Ids, expected: Ids, rule: ScoringRule) -> float:
+    """Score of one answer, between 0 and 1.
+
+    Raises:
+        ValueError: if the answers have different lengths.
+    """
+    if len(answer) != len(expected):
+        raise ValueError(f"an answer of {len(answer)} tokens compared with one of {len(expected)}")
+    if rule == "token_match":
+        return sum(a == b for a, b in zip(answer, expected, strict=True)) / len(expected)
+    return float(answer == expected)
+
+
+class Scorer:
+    """Asks a model, in batches sorted by length.
+
+    Args:
+        model: causal language model in eval mode.
+        rule: how answers are scored.
+        batch_size: prompts per forward pass.
+        pad_id: fills padding.
+    """
+
+    def __init__(self, model: Any, rule: ScoringRule, batch_size: int, pad_id: int) -> None:
+        """See the class."""
+        self.model = model
+        self.rule = rule
+        self.batch_size = batch_size
+        self.pad_id = pad_id
+
+    def answers(self, encodings: Sequence[Encoding]) -> list[Answer]:
+        """The model's answers, in the order of ``encodings``."""
+        with torch.no_grad():
+            return self._decoded(encodings) if self.rule == "greedy_match" else self.teacher_forced(encodings)
+
+    @torch.no_grad()
+    def teacher_forced(self, encodings: Sequence[Encoding]) -> list[Answer]:
+        """Answers with the target fed in, whatever the rule; they carry the loss."""
+        order = sorted(range(len(encodings)), key=lambda i: len(encodings[i].input_ids))
+        answers: list[Answer] = [Answer(())] * len(encodings)
+        device = _device(self.model)
+        for piece in chunks(order, self.batch_size):
+            batch = collate([encodings[i] for i in piece], self.pad_id, device)
+            logits = self.model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            _, token_losses, _ = answer_loss(logits, batch, "token_sum")
+            where = batch.answers.to(logits.device)
+            predicted = logits[where].argmax(dim=-1).tolist()
+            counts = where.sum(dim=1).tolist()
+            at = 0
+            for i, count, loss in zip(piece, counts, token_losses.sum(dim=1).tolist(), strict=True):
+                answers[i] = Answer(tuple(predicted[at : at + count]), loss)
+                at += count
+        return answers
+
+    def _decoded(self, encodings: Sequence[Encoding]) -> list[Answer]:
+        """Greedy continuations as long as each target. Prompts of one length go together: no padding at all."""
+        answers: list[Answer] = [Answer(())] * len(encodings)
+        by_length: dict[int, list[int]] = {}
+        for i, encoding in enumerate(encodings):
+            by_length.setdefault(encoding.prompt_length, []).append(i)
+        for length, members in sorted(by_length.items()):
+            for piece in chunks(members, self.batch_size):
+                prompts = torch.tensor([encodings[i].input_ids[:length] for i in piece], device=_device(self.model))
+                wanted = [len(target_tokens(encodings[i], "greedy_match")) for i in piece]
+                written = greedy(self.model, prompts, max(wanted), self.pad_id).tolist()
+                for i, count, tokens in zip(piece, wanted, written, strict=True):
+                    # After the end token generate writes padding; a short answer is a wrong one, not an error.
+                    answers[i] = Answer(tuple((tokens + [self.pad_id] * count)[:count]))
+        return answers
+
+
+@torch.no_grad()
+def greedy(model: Any, prompts: Tensor, max_new_tokens: int, pad_id: int) -> Tensor:
+    """Greedy continuation by the model's own ``generate``.
+
+    Args:
+        model: causal language model.
+        prompts: int64 ``[n, length]``, no padding.
+        max_new_tokens: at most so many.
+        pad_id: written after the end token.
+
+    Returns:
+        The new tokens, int64 ``[n, <= max_new_tokens]``.
+    """
+    out = model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=pad_id,
+    )
+    return out[:, prompts.shape[1] :]  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class RecordAnswers:
+    """A model's answers to all prompts of one edit."""
+
+    efficacy: Answer
+    generalization: tuple[Answer, ...]
+    specificity: tuple[Answer, ...]
+
+
+def answer_records(scorer: Scorer, records: Sequence[EncodedRecord]) -> list[RecordAnswers]:
+    """Ask all prompts of all edits, batched together."""
+    encodings = [e for r in records for e in (r.efficacy, *r.generalization, *r.specificity)]
+    given = iter(scorer.answers(encodings))
+    return [
+        RecordAnswers(
+            next(given),
+            tuple(next(given) for _ in record.generalization),
+            tuple(next(given) for _ in record.specificity),
+        )
+        for record in records
+    ]
+
+
+def score_records(
+    records: Sequence[EncodedRecord],
+    answers: Sequence[RecordAnswers],
+    rule: ScoringRule,
+    base: Sequence[RecordAnswers] | None,
+) -> list[tuple[float, float | None, float | None]]:
+    """Efficacy, generalization and specificity of each edit.
+
+    Args:
+        records: the edits.
+        answers: the scored model's answers to them.
+        rule: how answers are compared.
+        base: the unedited model's answers, which specificity is agreement with; None to compare with the
+            locality prompts' stated answers.
+
+    Returns:
+        One triple per edit; None where it has no prompts of that kind.
+    """
+    scores = []
+    for i, (record, answer) in enumerate(zip(records, answers, strict=True)):
+        efficacy = match(answer.efficacy.tokens, target_tokens(record.efficacy, rule), rule)
+        rephrased = [
+            match(a.tokens, target_tokens(e, rule), rule)
+            for a, e in zip(answer.generalization, record.generalization, strict=True)
+        ]
+        references = (
+            [target_tokens(e, rule) for e in record.specificity]
+            if base is None
+            else [a.tokens for a in base[i].specificity]
+        )
+        local = [match(a.tokens, ref, rule) for a, ref in zip(answer.specificity, references, strict=True)]
+        scores.append((efficacy, _mean(rephrased), _mean(local)))
+    return scores
+
+
+class EditScores(Metric):
+    """Mean efficacy, generalization and specificity over edits.
+
+    ``update`` takes triples as from :func:`score_records`; ``compute`` gives a float per kind, None for a kind
+    that no edit had.
+    """
+
+    full_state_update = False
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(self) -> None:
+        """Start from nothing."""
+        super().__init__()
+        self.add_state("sums", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(3, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, scores: Sequence[tuple[float, float | None, float | None]]) -> None:
+        """Add edits."""
+        for score in scores:
+            for kind, value in enumerate(score):
+                if value is not None:
+                    self.sums[kind] += value
+                    self.counts[kind] += 1
+
+    def compute(self) -> dict[str, float | None]:
+        """Kind to its mean over edits."""
+        means = (self.sums / self.counts.clamp(min=1)).tolist()
+        return {
+            kind: mean if count else None for kind, mean, count in zip(KINDS, means, self.counts.tolist(), strict=True)
+        }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

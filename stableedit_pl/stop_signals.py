@@ -1,0 +1,56 @@
+"""Ctrl-C and SIGTERM finish the turn; a second Ctrl-C stops at once."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+
+class StopRequested(BaseException):
+    """A signal asked the run to stop; its last turn is complete and saved.
+
+    A ``BaseException``, like ``KeyboardInterrupt``: no ``except Exception`` on the way up may swallow it.
+
+    Args:
+        signum: the signal.
+        turns: committed turns.
+    """
+
+    def __init__(self, signum: int, turns: int) -> None:
+        """See the class."""
+        super().__init__(f"stopped by {signal.Signals(signum).name} after turn {turns}")
+        self.signum = signum
+        self.turns = turns
+
+    @property
+    def exit_code(self) -> int:
+        """128 plus the signal's number, as shells report it."""
+        return 128 + self.signum
+
+
+class StopSignals:
+    """Handlers that only set a flag. Between turns the flag is read; inside one nothing is cut short."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        """Nothing is installed yet."""
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def install(self) -> None:
+        """Take over the signals; outside the main thread, where Python does not allow it, do nothing."""
+        try:
+            self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        except ValueError:
+            self._previous = {}
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.received == signal.SIGINT and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signum

@@ -1,0 +1,216 @@
+"""``EditTrainer``: Lightning's Trainer with a run directory and the defaults of an edit stream."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+
+from stableedit_pl.callbacks import (
+    EditEvaluation,
+    EditLedger,
+    RunCurves,
+    StatisticsCheckpoint,
+    TurnCheckpoint,
+    TurnProgress,
+)
+from stableedit_pl.checkpoint_io import AtomicCheckpointIO
+from stableedit_pl.plain import plain
+from stableedit_pl.run_directory import RunDirectory
+
+
+class EditTrainer(Trainer):
+    """Runs edit streams; everything a run writes lies in ``run_dir``.
+
+    Unless given otherwise it logs to TensorBoard, keeps a ledger, saves completed turns and the LN statistics,
+    evaluates, and shows a progress bar in turns.
+
+    Args:
+        run_dir: directory of the run.
+        overwrite: replace a run that is already in ``run_dir``.
+        max_epochs: 1; a stream is passed once.
+        logger: a logger or several; true or null for TensorBoard in ``run_dir``, false for none.
+        callbacks: added to the defaults; one of a default's class replaces it.
+        plugins: as in Lightning's Trainer.
+        devices: processes; one.
+        num_sanity_val_steps: 0; there is no validation loop during an edit run.
+        enable_model_summary: list the model's layers before the run.
+        use_distributed_sampler: false; a stream is never shuffled or split.
+        enable_progress_bar: show turns, edits per second and live efficacy.
+        enable_checkpointing: save completed turns, and stop cleanly on Ctrl-C and SIGTERM.
+        enable_autolog_hparams: false; hparams are logged with the final scores.
+        kwargs: everything else of Lightning's Trainer.
+    """
+
+    callbacks: list[Callback]
+
+    def __init__(
+        self,
+        *,
+        run_dir: str = "runs/default",
+        overwrite: bool = False,
+        max_epochs: int | None = 1,
+        logger: Logger | list[Logger] | bool | None = None,
+        callbacks: list[Callback] | Callback | None = None,
+        plugins: Any = None,
+        devices: list[int] | str | int = 1,
+        num_sanity_val_steps: int | None = 0,
+        enable_model_summary: bool | None = False,
+        use_distributed_sampler: bool = False,
+        enable_progress_bar: bool | None = True,
+        enable_checkpointing: bool | None = True,
+        enable_autolog_hparams: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """See the class."""
+        self.run_directory = RunDirectory(run_dir)
+        self.overwrite = overwrite
+        if logger is None or logger is True:
+            logger = TensorBoardLogger(str(self.run_directory.path), name="", version="", default_hp_metric=False)
+        given = callbacks if isinstance(callbacks, list) else [] if callbacks is None else [callbacks]
+        super().__init__(
+            default_root_dir=str(self.run_directory.path),
+            max_epochs=max_epochs,
+            logger=logger,
+            callbacks=self._with_defaults(given, enable_progress_bar is not False, enable_checkpointing is not False),
+            plugins=_with_checkpoint_io(plugins),
+            devices=devices,
+            num_sanity_val_steps=num_sanity_val_steps,
+            enable_model_summary=enable_model_summary,
+            use_distributed_sampler=use_distributed_sampler,
+            enable_progress_bar=enable_progress_bar,
+            enable_checkpointing=enable_checkpointing,
+            enable_autolog_hparams=enable_autolog_hparams,
+            **kwargs,
+        )
+
+    def fit(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Apply a stream of edits to a model.
+
+        Args:
+            model: a LifelongEditor.
+            train_dataloaders: not used; an EditStream is given as ``datamodule`` (or in this place).
+            val_dataloaders: not used; the EditEvaluation callback evaluates.
+            datamodule: an EditStream.
+            ckpt_path: ``last`` to resume the run in ``run_dir``, or one of its checkpoints.
+            weights_only: always true; loading a checkpoint never executes code.
+
+        Raises:
+            RunDirectoryError: if ``run_dir`` holds another run, or none to resume.
+        """
+        if isinstance(train_dataloaders, LightningDataModule):
+            train_dataloaders, datamodule = None, train_dataloaders
+        checkpoint = self.run_directory.checkpoint(ckpt_path)
+        self.run_directory.prepare(checkpoint, self.overwrite)
+        if not any(isinstance(callback, SaveConfigCallback) for callback in self.callbacks):
+            self._save_settings(model, datamodule)
+        super().fit(model, train_dataloaders, val_dataloaders, datamodule, checkpoint, weights_only=True)
+
+    def validate(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Score a base or edited model on a sample of the stream.
+
+        Args:
+            model: a LifelongEditor.
+            dataloaders: not used.
+            ckpt_path: ``last`` for the run in ``run_dir``, or a checkpoint; null scores the base model.
+            verbose: print the scores.
+            datamodule: an EditStream.
+            weights_only: always true.
+        """
+        checkpoint = self.run_directory.checkpoint(ckpt_path)
+        return super().validate(model, dataloaders, checkpoint, verbose, datamodule, weights_only=True)
+
+    def test(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Score a base or edited model on the whole stream.
+
+        Args:
+            model: a LifelongEditor.
+            dataloaders: not used.
+            ckpt_path: ``last`` for the run in ``run_dir``, or a checkpoint; null scores the base model.
+            verbose: print the scores.
+            datamodule: an EditStream.
+            weights_only: always true.
+        """
+        checkpoint = self.run_directory.checkpoint(ckpt_path)
+        return super().test(model, dataloaders, checkpoint, verbose, datamodule, weights_only=True)
+
+    def predict(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        return_predictions: bool | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Generate a base or edited model's answers to the stream's prompts.
+
+        Args:
+            model: a LifelongEditor.
+            dataloaders: not used.
+            datamodule: an EditStream.
+            return_predictions: return the answers, true by default.
+            ckpt_path: ``last`` for the run in ``run_dir``, or a checkpoint; null asks the base model.
+            weights_only: always true.
+        """
+        checkpoint = self.run_directory.checkpoint(ckpt_path)
+        return super().predict(model, dataloaders, datamodule, return_predictions, checkpoint, weights_only=True)
+
+    def _with_defaults(self, given: list[Callback], progress: bool, checkpoints: bool) -> list[Callback]:
+        """The given callbacks, and each default that none of them replaces."""
+        for callback in given:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(self.run_directory.checkpoints)
+        defaults: list[tuple[type, type[Callback], bool]] = [
+            (EditLedger, EditLedger, True),
+            (RunCurves, RunCurves, True),
+            (StatisticsCheckpoint, StatisticsCheckpoint, True),
+            (EditEvaluation, EditEvaluation, True),
+            (ProgressBar, TurnProgress, progress),
+            (TurnCheckpoint, TurnCheckpoint, checkpoints),
+        ]
+        missing = [make() for kind, make, use in defaults if use and not any(isinstance(c, kind) for c in given)]
+        own: list[Callback] = [c for c in missing if not isinstance(c, Checkpoint)]
+        return [*own, *given, *(c for c in missing if isinstance(c, Checkpoint))]
+
+    def _save_settings(self, model: LightningModule, datamodule: LightningDataModule | None) -> None:
+        """``config.yaml`` of a run started from Python; the command line saves its own."""
+        settings = {
+            "run_dir": str(self.run_directory.path),
+            "model": plain(dict(model.hparams)),
+            "data": plain(dict(getattr(datamodule, "hparams", {}))),
+        }
+        file: Path = self.run_directory.next_config()
+        file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+
+
+def _with_checkpoint_io(plugins: Any) -> list[Any]:
+    given = plugins if isinstance(plugins, list) else [] if plugins is None else [plugins]
+    return [*given, AtomicCheckpointIO()]
