@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from stableedit_pl.curves import log_curves
 from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.encoding import chunks
+from stableedit_pl.errors import SettingError
 from stableedit_pl.record_encoding import EncodedRecord
 from stableedit_pl.results import write_results
 from stableedit_pl.scoring import KINDS, EditScores, RecordAnswers, ScoringRule
@@ -44,12 +45,12 @@ class EditEvaluation(Callback):
         """See the class.
 
         Raises:
-            ValueError: if an interval or size is not positive.
+            SettingError: if an interval or size is not positive.
         """
         if every_n_turns is not None and every_n_turns < 1:
-            raise ValueError(f"EditEvaluation.every_n_turns must be at least 1 or null, got {every_n_turns}")
+            raise SettingError(f"EditEvaluation.every_n_turns must be at least 1 or null, got {every_n_turns}")
         if sample_size < 1:
-            raise ValueError(f"EditEvaluation.sample_size must be at least 1, got {sample_size}")
+            raise SettingError(f"EditEvaluation.sample_size must be at least 1, got {sample_size}")
         self.every_n_turns = every_n_turns
         self.sample_size = sample_size
         self.seed = seed
@@ -175,6 +176,8 @@ def score_base_and_retained(
     editor: LifelongEditor, stream: EditStream, rows: list[int], rule: ScoringRule
 ) -> tuple[dict[str, float | None], dict[str, float | None]]:
     """Mean scores of target edits with the original and with the current weights, in pieces of bounded size."""
+    if not rows:
+        return dict.fromkeys(KINDS), dict.fromkeys(KINDS)
     base_scores, retained_scores = EditScores(), EditScores()
     for piece in chunks(rows, stream.evaluation_batch_size):
         records = stream.scored(piece)

@@ -9,6 +9,7 @@ from torch import Tensor
 from stableedit_pl.closed_form import ClosedFormEdit
 from stableedit_pl.curves import log_curves
 from stableedit_pl.editor import LifelongEditor
+from stableedit_pl.errors import SettingError
 from stableedit_pl.ridge import SiteUpdate
 from stableedit_pl.sites import Site
 
@@ -30,10 +31,10 @@ class StabilityMonitor(Callback):
         """See the class.
 
         Raises:
-            ValueError: if ``every_n_turns`` is not positive.
+            SettingError: if ``every_n_turns`` is not positive.
         """
         if every_n_turns < 1:
-            raise ValueError(f"StabilityMonitor.every_n_turns must be at least 1, got {every_n_turns}")
+            raise SettingError(f"StabilityMonitor.every_n_turns must be at least 1, got {every_n_turns}")
         self.every_n_turns = every_n_turns
         self._previous: dict[str, SiteUpdate] = {}
 

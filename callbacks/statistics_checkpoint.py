@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from stableedit_pl.editor import LifelongEditor
+from stableedit_pl.errors import SettingError
 from stableedit_pl.run_directory import RunDirectory, write_atomically
 
 
@@ -27,10 +28,10 @@ class StatisticsCheckpoint(Callback):
         """See the class.
 
         Raises:
-            ValueError: if ``every_n_turns`` is not positive.
+            SettingError: if ``every_n_turns`` is not positive.
         """
         if every_n_turns < 1:
-            raise ValueError(f"StatisticsCheckpoint.every_n_turns must be at least 1, got {every_n_turns}")
+            raise SettingError(f"StatisticsCheckpoint.every_n_turns must be at least 1, got {every_n_turns}")
         self.every_n_turns = every_n_turns
         self.load_from = load_from
 

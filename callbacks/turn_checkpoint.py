@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from stableedit_pl.errors import SettingError
 from stableedit_pl.run_directory import RunDirectory, flush_directory
 from stableedit_pl.stop_signals import StopRequested, StopSignals
 
@@ -27,12 +28,12 @@ class TurnCheckpoint(Checkpoint):
         """See the class.
 
         Raises:
-            ValueError: if an interval or ``keep`` is not positive.
+            SettingError: if an interval or ``keep`` is not positive.
         """
         super().__init__()
         for name, value in (("every_n_turns", every_n_turns), ("every_n_minutes", every_n_minutes), ("keep", keep)):
             if value is not None and not value > 0:
-                raise ValueError(f"TurnCheckpoint.{name} must be positive, got {value}")
+                raise SettingError(f"TurnCheckpoint.{name} must be positive, got {value}")
         self.every_n_turns = every_n_turns
         self.every_n_minutes = every_n_minutes
         self.keep = keep

@@ -30,6 +30,12 @@ class TurnProgress(TQDMProgressBar):
         bar.unit = "turn"
         return bar
 
+    @property
+    def total_train_batches(self) -> int | float:
+        """Turns of the stream, or of the horizon if that is shorter."""
+        total, horizon = super().total_train_batches, self.trainer.max_steps
+        return total if horizon < 0 else min(total, horizon)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar at the committed turn."""
         super().on_train_start(trainer, pl_module)

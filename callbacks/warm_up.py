@@ -5,6 +5,7 @@ from typing import Literal
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from stableedit_pl.errors import SettingError
 from stableedit_pl.normalization import Normalization
 from stableedit_pl.stream import EditStream
 from stableedit_pl.turns import WarmUpMode, WarmUpPosition, WarmUpSettings
@@ -32,10 +33,10 @@ class WarmUp(Callback):
         """See the class.
 
         Raises:
-            ValueError: if ``turns`` is not positive.
+            SettingError: if ``turns`` is not positive.
         """
         if turns is not None and turns < 1:
-            raise ValueError(f"WarmUp.turns must be at least 1, got {turns}; position: none leaves the warm-up out")
+            raise SettingError(f"WarmUp.turns must be at least 1, got {turns}; position: none leaves the warm-up out")
         self.settings = WarmUpSettings(position, mode, turns, normalization)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: Literal["fit"] | str) -> None:

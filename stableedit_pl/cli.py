@@ -1,10 +1,13 @@
 """The command ``stableedit``: LightningCLI with a run directory, and ``export``."""
 
 import json
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import transformers
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -12,12 +15,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 import stableedit_pl.callbacks  # noqa: F401  (their short names work once they are imported)
 from stableedit_pl.compatibility import IncompatibleCheckpoint
 from stableedit_pl.editor import LifelongEditor
+from stableedit_pl.errors import SettingError
 from stableedit_pl.export import export_run
 from stableedit_pl.loading import LoadingError
 from stableedit_pl.planning import BadTurn
 from stableedit_pl.records import DataError
-from stableedit_pl.results import edits_per_second, read_results, results_table
+from stableedit_pl.results import edits_per_second, read_results, results_table, scores_table
 from stableedit_pl.run_directory import RunDirectory, RunDirectoryError
+from stableedit_pl.scoring import KINDS
 from stableedit_pl.sites import SiteError
 from stableedit_pl.stop_signals import StopRequested
 from stableedit_pl.stream import EditStream
@@ -30,6 +35,7 @@ USER_ERRORS = (
     LoadingError,
     MisconfigurationException,
     RunDirectoryError,
+    SettingError,
     SiteError,
 )
 """Errors whose message says all there is to say; anything else keeps its traceback."""
@@ -49,6 +55,7 @@ class EditCLI(LightningCLI):
     """``fit``, ``validate``, ``test`` and ``predict`` on edit streams, and ``export``."""
 
     trainer: EditTrainer
+    model: LifelongEditor
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run directory, which everything that writes is linked to."""
@@ -100,6 +107,15 @@ class EditCLI(LightningCLI):
         _say(f"\nCurves:  tensorboard --logdir {run.path}")
         _say(f"Export:  stableedit export --run {run.path} --out MY_MODEL")
 
+    def after_validate(self) -> None:
+        """Show the scores."""
+        scores = {kind: self.trainer.callback_metrics.get(kind) for kind in KINDS}
+        given = {kind: None if value is None else float(value) for kind, value in scores.items()}
+        _say(f"\nScored by {self.model.scoring}; specificity against {self.model.specificity_measured_by}")
+        _say(scores_table({"edited" if self.model.edits_loaded else "base": given}))
+
+    after_test = after_validate
+
     def predict(self, **kwargs: Any) -> None:
         """Generate answers and write them to ``predictions.jsonl`` in the run directory."""
         pieces = self.trainer.predict(**{**kwargs, "return_predictions": True}) or []
@@ -120,6 +136,7 @@ def main(args: Sequence[str] | None = None) -> None:
         SystemExit: 1 after an error whose message was printed, 2 for wrong arguments, 130 or 143 after Ctrl-C or
             SIGTERM.
     """
+    _quiet()
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     try:
         EditCLI(
@@ -135,11 +152,30 @@ def main(args: Sequence[str] | None = None) -> None:
     except StopRequested as stop:
         command = " ".join(["stableedit", *(sys.argv[1:] if args is None else args)])
         resume = command if "--ckpt_path" in command else f"{command} --ckpt_path last"
-        _say(f"\n{str(stop).capitalize()}; everything is saved. Go on with:\n  {resume}", error=True)
+        _say(f"\n{stop}; everything is saved. Go on with:\n  {resume}", error=True)
         raise SystemExit(stop.exit_code) from None
     except USER_ERRORS as error:
         _say(f"\nError: {error}", error=True)
         raise SystemExit(1) from error
+
+
+def _quiet() -> None:
+    """Keep what others print about themselves off the first screen; warnings about the run stay."""
+    for message in (
+        r".*isinstance\(treespec, LeafSpec\)",  # inside Lightning
+        r".*does not have many workers",  # tokenizing is not what takes time here
+        r".*module\(s\) in eval mode at the start of training",  # edits are applied in eval mode
+        r".*Total length of `list` across ranks is zero",  # no validation loop during an edit run
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_about_the_run)
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _is_about_the_run(record: logging.LogRecord) -> bool:
+    chatter = ("Tip:", "TPU available", "GPU available", "`Trainer.fit` stopped: `max_epochs=1`")
+    return not any(words in record.getMessage() for words in chatter)
 
 
 def _say(text: str, error: bool = False) -> None:

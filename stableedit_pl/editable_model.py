@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from lightning.pytorch import LightningModule
 
 from stableedit_pl.encoding import Encoder
+from stableedit_pl.errors import SettingError
 from stableedit_pl.loading import context_length, load_language_model, load_tokenizer
 from stableedit_pl.record_encoding import EncodedRecord
 from stableedit_pl.scoring import EditScores, RecordAnswers, Scorer, ScoringRule, answer_records, score_records
@@ -40,11 +41,11 @@ class EditableModel(LightningModule):
         """See the class.
 
         Raises:
-            ValueError: if a size is not positive.
+            SettingError: if a size is not positive.
         """
         super().__init__()
         if scoring_batch_size < 1:
-            raise ValueError(f"scoring_batch_size must be at least 1, got {scoring_batch_size}")
+            raise SettingError(f"scoring_batch_size must be at least 1, got {scoring_batch_size}")
         self.base_model = base_model
         self.site_patterns = sites
         self.model_dtype = model_dtype
@@ -149,10 +150,15 @@ class EditableModel(LightningModule):
 
     on_test_epoch_start = on_validation_epoch_start
 
+    @property
+    def specificity_measured_by(self) -> str:
+        """What ``validate`` and ``test`` hold specificity against: without edits there is nothing to agree with."""
+        return self.specificity_reference if self.edits_loaded else "stated_answer"
+
     def validation_step(self, records: list[EncodedRecord], batch_idx: int) -> None:
-        """Score a piece of the stream. Without edits loaded there is no unedited model to agree with."""
+        """Score a piece of the stream."""
         base = None
-        if self.edits_loaded and self.specificity_reference == "base_output":
+        if self.specificity_measured_by == "base_output":
             with self.base_weights():
                 base = self.answer(records)
         answers = self.answer(records)

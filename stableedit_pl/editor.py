@@ -135,10 +135,6 @@ class LifelongEditor(EditableModel):
         """The optimizer whose step is one turn."""
         return ClosedFormEdit(self.sites, self.state, self._take_input)
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Turns hold text and token ids; capture moves one micro-batch at a time."""
-        return batch
-
     def training_step(self, turn: Turn, batch_idx: int) -> Tensor:
         """Capture the turn's keys and value gradients.
 

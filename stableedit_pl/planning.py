@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stableedit_pl.errors import SettingError
 from stableedit_pl.normalization import Normalization, normalize
 from stableedit_pl.ridge import SiteUpdate, ridge_update, targets
 from stableedit_pl.statistics import LNStatistics, Rows
@@ -44,16 +45,16 @@ class MethodSettings:
         """Check ranges.
 
         Raises:
-            ValueError: naming the setting, what it was and what it may be.
+            SettingError: naming the setting, what it was and what it may be.
         """
         if self.normalization not in ("whiten", "standardize", "none"):
-            raise ValueError(f"normalization must be whiten, standardize or none, got {self.normalization!r}")
+            raise SettingError(f"normalization must be whiten, standardize or none, got {self.normalization!r}")
         for name, allowed in (("step_size", "positive"), ("ridge", "positive")):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)}")
+                raise SettingError(f"{name} must be {allowed}, got {getattr(self, name)}")
         for name in ("prior_strength", "eigenvalue_floor"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be zero or positive, got {getattr(self, name)}")
+                raise SettingError(f"{name} must be zero or positive, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

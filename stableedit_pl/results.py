@@ -80,16 +80,23 @@ _WARM_UP = ("position", "mode", "turns", "normalization")
 
 
 def results_table(results: Mapping[str, Any]) -> str:
-    """The scores as a small table of text."""
+    """Base, at-edit and retained scores as a small table of text."""
+    return scores_table({"base": results["base"], "at-edit": results["at_edit"], "retained": results["retained"]})
+
+
+def scores_table(scores: Mapping[str, Mapping[str, float | None]]) -> str:
+    """Scores as a table of text, a row each; a kind that was not measured is a dash."""
     rows: list[tuple[str, ...]] = [("", *KINDS)]
-    for name, label in (("base", "base"), ("at_edit", "at-edit"), ("retained", "retained")):
-        scores = results[name]
-        rows.append((label, *("-" if scores.get(kind) is None else f"{scores[kind]:.3f}" for kind in KINDS)))
+    rows += [(label, *(_cell(given.get(kind)) for kind in KINDS)) for label, given in scores.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     )
+
+
+def _cell(score: float | None) -> str:
+    return "-" if score is None else f"{score:.3f}"
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -115,7 +122,7 @@ def _show(trainer: Trainer, results: dict[str, Any], hparams: dict[str, Any]) ->
     markdown = ["| | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 1) + "|"]
     for name in ("base", "at_edit", "retained"):
         scores = results[name]
-        cells = ["-" if scores.get(kind) is None else f"{scores[kind]:.3f}" for kind in KINDS]
+        cells = [_cell(scores.get(kind)) for kind in KINDS]
         markdown.append(f"| {name} | " + " | ".join(cells) + " |")
     for writer in tensorboard_writers(trainer):
         writer.add_text("results", "\n".join(markdown), step)

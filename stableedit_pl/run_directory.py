@@ -31,8 +31,8 @@ class RunDirectory:
         self.predictions = self.path / "predictions.jsonl"
 
     def holds_run(self) -> bool:
-        """Whether a run has written here."""
-        return self.config.exists() or self.ledger.exists() or self.last_checkpoint.exists()
+        """Whether a run has applied edits here; one that failed before its first turn leaves nothing worth keeping."""
+        return self.last_checkpoint.exists() or (self.ledger.exists() and self.ledger.stat().st_size > 0)
 
     def checkpoint(self, ckpt_path: str | Path | None) -> Path | None:
         """The file that ``ckpt_path`` means.
@@ -74,12 +74,12 @@ class RunDirectory:
                     f"--ckpt_path {resuming_from} belongs to the run in {resuming_from.resolve().parent.parent}, but "
                     f"--run_dir is {self.path}. A run is resumed where it was: set --run_dir to that directory."
                 )
-        elif self.holds_run():
-            if not overwrite:
-                raise RunDirectoryError(
-                    f"{self.path} already holds a run. Resume it with --ckpt_path last, choose another --run_dir, "
-                    "or replace it with --overwrite true."
-                )
+        elif self.holds_run() and not overwrite:
+            raise RunDirectoryError(
+                f"{self.path} already holds a run. Resume it with --ckpt_path last, choose another --run_dir, "
+                "or replace it with --overwrite true."
+            )
+        if resuming_from is None:
             self._clear()
         self.path.mkdir(parents=True, exist_ok=True)
 

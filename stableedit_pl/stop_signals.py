@@ -17,7 +17,7 @@ class StopRequested(BaseException):
 
     def __init__(self, signum: int, turns: int) -> None:
         """See the class."""
-        super().__init__(f"stopped by {signal.Signals(signum).name} after turn {turns}")
+        super().__init__(f"Stopped by {signal.Signals(signum).name} after turn {turns}")
         self.signum = signum
         self.turns = turns
 

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset as TorchDataset
 from stableedit_pl.compatibility import refuse_differences
 from stableedit_pl.demo import demo_path
 from stableedit_pl.encoding import Encoder, chunks
+from stableedit_pl.errors import SettingError
 from stableedit_pl.loading import DEMO
 from stableedit_pl.readers import file_checksum, read_records
 from stableedit_pl.record_encoding import EncodedRecord, RecordEncoder
@@ -94,7 +95,7 @@ class EditStream(LightningDataModule):
         """See the class.
 
         Raises:
-            ValueError: if a size is not positive.
+            SettingError: if a size is not positive.
         """
         super().__init__()
         self.save_hyperparameters()
@@ -107,7 +108,7 @@ class EditStream(LightningDataModule):
         }
         for name, value in sizes.items():
             if value < 1:
-                raise ValueError(f"data.{name} must be at least 1, got {value}")
+                raise SettingError(f"data.{name} must be at least 1, got {value}")
         self.path, self.dataset = path, dataset
         self.warmup_path = warmup_path
         self.turn_size, self.micro_batch_size = turn_size, micro_batch_size
@@ -127,10 +128,10 @@ class EditStream(LightningDataModule):
         """Put the warm-up stream into the turns; called by the WarmUp callback before the first turn.
 
         Raises:
-            ValueError: if there is no warm-up stream.
+            SettingError: if there is no warm-up stream.
         """
         if settings.position != "none" and self.warmup_path is None:
-            raise ValueError(
+            raise SettingError(
                 "the WarmUp callback needs a warm-up stream: set data.warmup_path, or position: none to leave it out"
             )
         self.warm_up = settings
@@ -165,10 +166,10 @@ class EditStream(LightningDataModule):
         """Which rows each turn holds.
 
         Raises:
-            ValueError: if there is a warm-up stream but nothing that says how it is used.
+            SettingError: if there is a warm-up stream but nothing that says how it is used.
         """
         if self.warmup_path is not None and self.warm_up is None:
-            raise ValueError(
+            raise SettingError(
                 "data.warmup_path is set, but nothing uses it: add the callback WarmUp "
                 "(--trainer.callbacks+=WarmUp), or set data.warmup_path to null"
             )
@@ -201,6 +202,10 @@ class EditStream(LightningDataModule):
             collate_fn=_as_is,
             num_workers=self.num_workers,
         )
+
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        """Turns hold text and token ids; capture moves one micro-batch at a time."""
+        return batch
 
     # ---- what a resumed run must find again
 

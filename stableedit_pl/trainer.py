@@ -1,5 +1,7 @@
 """``EditTrainer``: Lightning's Trainer with a run directory and the defaults of an edit stream."""
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from stableedit_pl.callbacks import (
 from stableedit_pl.checkpoint_io import AtomicCheckpointIO
 from stableedit_pl.plain import plain
 from stableedit_pl.run_directory import RunDirectory
+from stableedit_pl.scoring import KINDS
 
 
 class EditTrainer(Trainer):
@@ -42,6 +45,7 @@ class EditTrainer(Trainer):
         enable_progress_bar: show turns, edits per second and live efficacy.
         enable_checkpointing: save completed turns, and stop cleanly on Ctrl-C and SIGTERM.
         enable_autolog_hparams: false; hparams are logged with the final scores.
+        log_every_n_steps: turns between Lightning's own log points; the curves here have one per turn.
         kwargs: everything else of Lightning's Trainer.
     """
 
@@ -63,6 +67,7 @@ class EditTrainer(Trainer):
         enable_progress_bar: bool | None = True,
         enable_checkpointing: bool | None = True,
         enable_autolog_hparams: bool = False,
+        log_every_n_steps: int | None = 1,
         **kwargs: Any,
     ) -> None:
         """See the class."""
@@ -84,6 +89,7 @@ class EditTrainer(Trainer):
             enable_progress_bar=enable_progress_bar,
             enable_checkpointing=enable_checkpointing,
             enable_autolog_hparams=enable_autolog_hparams,
+            log_every_n_steps=log_every_n_steps,
             **kwargs,
         )
 
@@ -125,7 +131,7 @@ class EditTrainer(Trainer):
         verbose: bool = True,
         datamodule: LightningDataModule | None = None,
         weights_only: bool | None = None,
-    ) -> Any:
+    ) -> list[Mapping[str, float]]:
         """Score a base or edited model on a sample of the stream.
 
         Args:
@@ -135,9 +141,14 @@ class EditTrainer(Trainer):
             verbose: print the scores.
             datamodule: an EditStream.
             weights_only: always true.
+
+        Returns:
+            One dictionary with ``efficacy``, ``generalization`` and ``specificity``, those that were measured.
         """
         checkpoint = self.run_directory.checkpoint(ckpt_path)
-        return super().validate(model, dataloaders, checkpoint, verbose, datamodule, weights_only=True)
+        with self._without_loggers():
+            super().validate(model, dataloaders, checkpoint, verbose, datamodule, weights_only=True)
+        return self._scores()
 
     def test(
         self,
@@ -147,7 +158,7 @@ class EditTrainer(Trainer):
         verbose: bool = True,
         datamodule: LightningDataModule | None = None,
         weights_only: bool | None = None,
-    ) -> Any:
+    ) -> list[Mapping[str, float]]:
         """Score a base or edited model on the whole stream.
 
         Args:
@@ -157,9 +168,14 @@ class EditTrainer(Trainer):
             verbose: print the scores.
             datamodule: an EditStream.
             weights_only: always true.
+
+        Returns:
+            One dictionary with ``efficacy``, ``generalization`` and ``specificity``, those that were measured.
         """
         checkpoint = self.run_directory.checkpoint(ckpt_path)
-        return super().test(model, dataloaders, checkpoint, verbose, datamodule, weights_only=True)
+        with self._without_loggers():
+            super().test(model, dataloaders, checkpoint, verbose, datamodule, weights_only=True)
+        return self._scores()
 
     def predict(
         self,
@@ -181,7 +197,20 @@ class EditTrainer(Trainer):
             weights_only: always true.
         """
         checkpoint = self.run_directory.checkpoint(ckpt_path)
-        return super().predict(model, dataloaders, datamodule, return_predictions, checkpoint, weights_only=True)
+        with self._without_loggers():
+            return super().predict(model, dataloaders, datamodule, return_predictions, checkpoint, weights_only=True)
+
+    def _scores(self) -> list[Mapping[str, float]]:
+        return [{kind: float(self.callback_metrics[kind]) for kind in KINDS if kind in self.callback_metrics}]
+
+    @contextlib.contextmanager
+    def _without_loggers(self) -> Iterator[None]:
+        """Scoring writes no event file: curves belong to the edit run."""
+        loggers, self.loggers = self.loggers, []
+        try:
+            yield
+        finally:
+            self.loggers = loggers
 
     def _with_defaults(self, given: list[Callback], progress: bool, checkpoints: bool) -> list[Callback]:
         """The given callbacks, and each default that none of them replaces."""

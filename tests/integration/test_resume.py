@@ -1,0 +1,250 @@
+"""Promise 2 in its simple form: stopped anywhere, a run resumed ends as if it had never been stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from runs import assert_same_state, curves, fit, ledger, results, saved_state
+from tiny import LLAMA_SITE, edit_rows, write_stream
+
+from stableedit_pl.callbacks import EditEvaluation, StabilityMonitor, TurnCheckpoint, WarmUp
+from stableedit_pl.compatibility import IncompatibleCheckpoint
+from stableedit_pl.run_directory import RunDirectoryError
+
+# A process of its own that sends itself a signal, or raises, at a named point of turn 4.
+CHILD = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from stableedit_pl import cli, closed_form, editor
+from stableedit_pl.callbacks import edit_evaluation
+
+point, how = sys.argv[1:3]
+state = {"turn": 0}
+
+def strike():
+    if how == "exception":
+        raise RuntimeError("injected")
+    os.kill(os.getpid(), getattr(signal, how))
+
+def at(module, name, turn_of):
+    real = getattr(module, name)
+    def struck(*args, **kwargs):
+        if turn_of(args) == 4:
+            result = real(*args, **kwargs) if name != "_commit" else None
+            strike()
+            return result if name != "_commit" else real(*args, **kwargs)
+        return real(*args, **kwargs)
+    setattr(module, name, struck)
+
+if point == "capture":
+    real = editor.capture
+    def capture(*args, **kwargs):
+        state["turn"] += 1
+        if state["turn"] == 5:
+            strike()
+        return real(*args, **kwargs)
+    editor.capture = capture
+elif point == "planning":
+    real = closed_form.plan_turn
+    def plan_turn(*args, **kwargs):
+        state["turn"] += 1
+        result = real(*args, **kwargs)
+        if state["turn"] == 5:
+            strike()
+        return result
+    closed_form.plan_turn = plan_turn
+elif point == "commit":
+    from stableedit_pl.sites import Site
+    real = Site.add
+    def add(self, delta):
+        state["turn"] += 1
+        real(self, delta)
+        if state["turn"] == 5:
+            strike()
+    Site.add = add
+elif point == "evaluation":
+    real = edit_evaluation.EditEvaluation._score_sample
+    def score(self, trainer, *args):
+        if trainer.global_step == 4:
+            strike()
+        return real(self, trainer, *args)
+    edit_evaluation.EditEvaluation._score_sample = score
+cli.main(sys.argv[3:])
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path, llama_bf16_folder: str, stream_file: str, warmup_file: str) -> Path:
+    """A bfloat16 model with warm-up, evaluation and monitoring: everything that has state."""
+    settings = {
+        "model": {"base_model": llama_bf16_folder, "sites": [LLAMA_SITE], "step_size": 1e-3, "ridge": 1.0},
+        "data": {"path": stream_file, "warmup_path": warmup_file, "turn_size": 6, "micro_batch_size": 4},
+        "trainer": {
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "callbacks": [
+                {"class_path": "WarmUp", "init_args": {"position": "q1"}},
+                {"class_path": "EditEvaluation", "init_args": {"every_n_turns": 2, "sample_size": 12}},
+                {"class_path": "StabilityMonitor"},
+                {"class_path": "TurnCheckpoint", "init_args": {"every_n_turns": 2}},
+            ],
+        },
+    }
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+def stableedit(args: list[str], point: str = "nowhere", how: str = "nothing") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", CHILD, point, how, *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def without_seconds(found: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in found.items() if key != "seconds"}
+
+
+@pytest.fixture
+def uninterrupted(tmp_path: Path, config: Path) -> Path:
+    run = tmp_path / "uninterrupted"
+    done = stableedit(["fit", "--config", str(config), "--run_dir", str(run)])
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+EXIT_CODES = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 143, "SIGINT": 130, "exception": 1}
+CASES = [
+    ("capture", "SIGKILL"),
+    ("planning", "SIGTERM"),
+    ("planning", "exception"),
+    ("commit", "SIGKILL"),
+    ("commit", "SIGINT"),
+    ("commit", "exception"),
+    ("evaluation", "SIGKILL"),
+    ("evaluation", "SIGTERM"),
+]
+
+
+def test_a_stopped_run_ends_bit_identical_after_resuming(tmp_path: Path, config: Path, uninterrupted: Path) -> None:
+    expected_state, expected_curves = saved_state(uninterrupted), curves(uninterrupted)
+    for point, how in CASES:
+        run = tmp_path / f"{point}-{how}"
+        fresh = ["fit", "--config", str(config), "--run_dir", str(run)]
+        stopped = stableedit(fresh, point, how)
+        assert stopped.returncode == EXIT_CODES[how], (point, how, stopped.stderr)
+        if how in ("SIGTERM", "SIGINT"):
+            assert "--ckpt_path last" in stopped.stderr and f"Stopped by {how}" in stopped.stderr
+        resumed = stableedit([*fresh, "--ckpt_path", "last"])
+        assert resumed.returncode == 0, (point, how, resumed.stderr)
+        assert_same_state(saved_state(run), expected_state)
+        assert (run / "edits.jsonl").read_text() == (uninterrupted / "edits.jsonl").read_text(), (point, how)
+        assert without_seconds(results(run)) == without_seconds(results(uninterrupted)), (point, how)
+        assert curves(run) == expected_curves, (point, how)
+        assert (run / "config-2.yaml").is_file()
+
+
+def test_resuming_in_many_small_pieces_with_workers(tmp_path: Path, llama_folder: str, stream_file: str) -> None:
+    """One turn a piece, tokenized by worker processes, ends where one pass does."""
+    data = {"path": stream_file, "num_workers": 2}
+    callbacks = lambda: [TurnCheckpoint(every_n_turns=100), StabilityMonitor()]  # noqa: E731
+    fit(tmp_path / "whole", llama_folder, {"path": stream_file}, callbacks=callbacks())
+    for turn in range(1, 6):
+        fit(
+            tmp_path / "pieces",
+            llama_folder,
+            data,
+            callbacks=callbacks(),
+            trainer={"max_steps": turn},
+            ckpt_path=None if turn == 1 else "last",
+        )
+    assert_same_state(saved_state(tmp_path / "pieces"), saved_state(tmp_path / "whole"))
+    assert ledger(tmp_path / "pieces") == ledger(tmp_path / "whole")
+
+
+def test_a_stream_that_grew_goes_on(tmp_path: Path, llama_folder: str) -> None:
+    rows = edit_rows(32)
+    short = write_stream(tmp_path / "short.jsonl", rows[:16])
+    grown = write_stream(tmp_path / "grown.jsonl", rows)
+    fit(tmp_path / "run", llama_folder, {"path": short})
+    fit(tmp_path / "run", llama_folder, {"path": grown}, ckpt_path="last")
+    fit(tmp_path / "whole", llama_folder, {"path": grown})
+    assert_same_state(saved_state(tmp_path / "run"), saved_state(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "named"),
+    [
+        ({"ridge": 2.0}, {}, "ridge"),
+        ({"normalization": "none"}, {}, "normalization"),
+        ({"sites": ["model.layers.0.mlp.down_proj"]}, {}, "sites"),
+        ({}, {"turn_size": 4}, "turn_size"),
+        ({}, {"edit_order": "longest_first"}, "edit_order"),
+    ],
+)
+def test_other_settings_are_refused_by_name(
+    tmp_path: Path, llama_folder: str, stream_file: str, model: dict, data: dict, named: str
+) -> None:
+    fit(tmp_path / "run", llama_folder, {"path": stream_file}, trainer={"max_steps": 2})
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run/checkpoints").iterdir()}
+    with pytest.raises(IncompatibleCheckpoint, match=named):
+        fit(tmp_path / "run", llama_folder, {"path": stream_file, **data}, model, ckpt_path="last")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run/checkpoints").iterdir()} == before
+
+
+def test_another_base_model_or_changed_rows_are_refused(
+    tmp_path: Path, llama_folder: str, llama_bf16_folder: str, stream_file: str
+) -> None:
+    run = tmp_path / "run"
+    fit(run, llama_folder, {"path": stream_file}, trainer={"max_steps": 2})
+    with pytest.raises(IncompatibleCheckpoint, match="base_model"):
+        fit(run, llama_bf16_folder, {"path": stream_file}, ckpt_path="last")
+    rows = edit_rows(33)
+    rows[3]["target"] = "w9"
+    with pytest.raises(IncompatibleCheckpoint, match="digests"):
+        fit(run, llama_folder, {"path": write_stream(tmp_path / "other.jsonl", rows)}, ckpt_path="last")
+
+
+def test_a_run_directory_is_neither_overwritten_nor_started_over(
+    tmp_path: Path, llama_folder: str, stream_file: str
+) -> None:
+    run, data = tmp_path / "run", {"path": stream_file}
+    with pytest.raises(RunDirectoryError, match="nothing to resume"):
+        fit(run, llama_folder, data, ckpt_path="last")
+    fit(run, llama_folder, data, trainer={"max_steps": 1})
+    with pytest.raises(RunDirectoryError, match="already holds a run"):
+        fit(run, llama_folder, data)
+    with pytest.raises(RunDirectoryError, match="A run is resumed where it was"):
+        fit(tmp_path / "elsewhere", llama_folder, data, ckpt_path=str(run / "checkpoints/last.ckpt"))
+    fit(run, llama_folder, data, trainer={"max_steps": 2, "overwrite": True})
+    assert len(ledger(run)) == 16
+
+
+def test_the_ledger_must_know_the_turns_of_the_checkpoint(tmp_path: Path, llama_folder: str, stream_file: str) -> None:
+    run = tmp_path / "run"
+    fit(run, llama_folder, {"path": stream_file}, trainer={"max_steps": 2})
+    lines = (run / "edits.jsonl").read_text().splitlines(keepends=True)
+    (run / "edits.jsonl").write_text("".join(lines[:8]))
+    with pytest.raises(RuntimeError, match="ends at turn 0, but the checkpoint has 2 committed turns"):
+        fit(run, llama_folder, {"path": stream_file}, ckpt_path="last")
+    half_written = "".join(lines) + '{"id": "e0-16", "tur'
+    (run / "edits.jsonl").write_text(half_written)
+    fit(run, llama_folder, {"path": stream_file}, ckpt_path="last")
+    assert [line["id"] for line in ledger(run)] == [f"e0-{i}" for i in range(33)]
+
+
+def test_a_checkpoint_holds_only_sites_and_moments(tmp_path: Path, llama_folder: str, stream_file: str) -> None:
+    fit(
+        tmp_path / "run", llama_folder, {"path": stream_file}, callbacks=[WarmUp(position="none"), EditEvaluation(2, 5)]
+    )
+    names = set(saved_state(tmp_path / "run"))
+    parts = {f"statistics/{LLAMA_SITE}/{kind}/{part}" for kind in ("keys", "value_gradients") for part in ("count", "mean", "scatter")}  # fmt: skip  # noqa: E501
+    assert names == {f"model.{LLAMA_SITE}.weight", *parts}
+    assert json.dumps(results(tmp_path / "run"))
+    assert not [name for name in os.listdir(tmp_path / "run/checkpoints") if name.endswith(".tmp")]
