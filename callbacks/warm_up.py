@@ -50,6 +50,11 @@ class WarmUp(Callback):
         stream = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(stream, EditStream):
             raise MisconfigurationException("WarmUp needs an EditStream as the data module")
+        if sum(isinstance(callback, WarmUp) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                "two WarmUp callbacks: a stream has one warm-up. In a second configuration file, callbacks: replaces "
+                "the first file's list and callbacks+: adds to it"
+            )
         stream.use_warm_up(self.settings)
         schedule = stream.schedule
         end_of_warmup = schedule.first_warmup_turn + schedule.warmup_turns

@@ -152,8 +152,8 @@ def answer_loss(logits: Tensor, batch: Batch, loss_reduction: LossReduction) -> 
     rows = logits[answers].float()
     token_loss = F.cross_entropy(rows, labels, reduction="none")
     total = token_loss.sum() if loss_reduction == "token_sum" else token_loss.mean()
-    per_position = torch.zeros(answers.shape, device=logits.device)
+    per_position = torch.zeros(answers.shape, dtype=torch.float32, device=logits.device)
     per_position[answers] = token_loss.detach()
-    hits = torch.zeros(answers.shape, device=logits.device)
+    hits = torch.zeros(answers.shape, dtype=torch.float32, device=logits.device)
     hits[answers] = (rows.argmax(dim=-1) == labels).float()
     return total, per_position, hits

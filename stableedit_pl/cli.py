@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 import stableedit_pl.callbacks  # noqa: F401  (their short names work once they are imported)
+from stableedit_pl import __version__
 from stableedit_pl.compatibility import IncompatibleCheckpoint
 from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.errors import SettingError
@@ -27,6 +28,8 @@ from stableedit_pl.sites import SiteError
 from stableedit_pl.stop_signals import StopRequested
 from stableedit_pl.stream import EditStream
 from stableedit_pl.trainer import EditTrainer
+
+_DESCRIPTION = "Lifelong editing of language models: run, resume, score and export streams of edits."
 
 USER_ERRORS = (
     BadTurn,
@@ -145,7 +148,7 @@ def main(args: Sequence[str] | None = None) -> None:
             save_config_callback=SaveSettings,
             trainer_class=EditTrainer,
             seed_everything_default=0,
-            parser_kwargs={"parser_mode": "omegaconf+", "description": __doc__},
+            parser_kwargs={"parser_mode": "omegaconf+", "description": _DESCRIPTION, "version": __version__},
             auto_configure_optimizers=False,
             args=None if args is None else list(args),
         )

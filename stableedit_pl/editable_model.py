@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from stableedit_pl.encoding import Encoder
 from stableedit_pl.errors import SettingError
 from stableedit_pl.loading import context_length, load_language_model, load_tokenizer
-from stableedit_pl.record_encoding import EncodedRecord
+from stableedit_pl.record_encoding import EncodedRecord, ScoredPiece
 from stableedit_pl.scoring import EditScores, RecordAnswers, Scorer, ScoringRule, answer_records, score_records
 from stableedit_pl.sites import Site, resolve_sites
 
@@ -155,8 +155,9 @@ class EditableModel(LightningModule):
         """What ``validate`` and ``test`` hold specificity against: without edits there is nothing to agree with."""
         return self.specificity_reference if self.edits_loaded else "stated_answer"
 
-    def validation_step(self, records: list[EncodedRecord], batch_idx: int) -> None:
+    def validation_step(self, piece: ScoredPiece, batch_idx: int) -> None:
         """Score a piece of the stream."""
+        records = piece.records
         base = None
         if self.specificity_measured_by == "base_output":
             with self.base_weights():
@@ -174,10 +175,10 @@ class EditableModel(LightningModule):
 
     on_test_epoch_end = on_validation_epoch_end
 
-    def predict_step(self, records: list[EncodedRecord], batch_idx: int) -> list[dict[str, str]]:
+    def predict_step(self, piece: ScoredPiece, batch_idx: int) -> list[dict[str, str]]:
         """Greedy answers to the edits' prompts: ``id``, ``prompt``, ``target``, ``answer``."""
         with self.forward_context():
-            answers = self.scorer("greedy_match").answers([record.efficacy for record in records])
+            answers = self.scorer("greedy_match").answers([record.efficacy for record in piece.records])
         return [
             {
                 "id": encoded.record.id,
@@ -185,7 +186,7 @@ class EditableModel(LightningModule):
                 "target": encoded.record.target,
                 "answer": self.tokenizer.decode(answer.tokens, skip_special_tokens=True).strip(),
             }
-            for encoded, answer in zip(records, answers, strict=True)
+            for encoded, answer in zip(piece.records, answers, strict=True)
         ]
 
     def save_pretrained(self, folder: str) -> None:

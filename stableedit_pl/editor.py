@@ -152,7 +152,7 @@ class LifelongEditor(EditableModel):
             self.loss_reduction,
         )
         self._capture_seconds = time.perf_counter() - started
-        return torch.tensor(self._captured.mean_loss)
+        return torch.tensor(self._captured.mean_loss, dtype=torch.float32)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Nothing: ``training_step`` took the gradients it needs."""

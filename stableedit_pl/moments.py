@@ -35,7 +35,9 @@ class Moments:
     def empty(cls, width: int, full: bool, device: torch.device | str = "cpu") -> "Moments":
         """Moments of no rows: ``width`` columns, full or diagonal scatter."""
         shape = (width, width) if full else (width,)
-        return cls(0, torch.zeros(width, device=device), torch.zeros(shape, device=device))
+        # The dtype is named: under bf16-true Lightning makes bfloat16 the default while models are set up.
+        mean = torch.zeros(width, dtype=torch.float32, device=device)
+        return cls(0, mean, torch.zeros(shape, dtype=torch.float32, device=device))
 
     @property
     def full(self) -> bool:

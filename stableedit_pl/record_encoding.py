@@ -25,6 +25,18 @@ class EncodedRecord:
     specificity: tuple[Encoding, ...]
 
 
+class ScoredPiece:
+    """A few edits that are scored together: what ``validation_step`` receives. Like a turn, no dataclass.
+
+    Attributes:
+        records: the edits.
+    """
+
+    def __init__(self, records: list[EncodedRecord]) -> None:
+        """See the class."""
+        self.records = records
+
+
 @dataclass(frozen=True)
 class RecordEncoder:
     """Encodes the records of one file.

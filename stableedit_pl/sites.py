@@ -75,21 +75,28 @@ class Site:
         """The weight at the precision in which edits accumulate: the master where there is one."""
         return self.weight if self.master is None else self.master
 
+    @torch.no_grad()
     def use_master(self, device: torch.device | str) -> None:
         """Accumulate updates in float32 on ``device`` and round from there, if the model is coarser than that.
 
         bfloat16 weights written in place lose most of many small updates; rounding from a float32 master
         loses almost nothing.
         """
-        if self.weight.dtype != torch.float32:
-            start = self.weight if self.master is None else self.master
-            self.master = start.to(device=device, dtype=torch.float32, copy=True)
+        if self.weight.dtype == torch.float32:
+            self.master = None
+            return
+        start = self.weight if self.master is None else self.master
+        self.master = start.to(device=device, dtype=torch.float32, copy=True)
 
     @torch.no_grad()
     def load(self, state: Tensor) -> None:
-        """Take over a saved weight (the :attr:`state` of another run), any float dtype, the weight's layout."""
-        if state.dtype != self.weight.dtype:
-            self.master = state.to(device=self.weight.device, dtype=torch.float32, copy=True)
+        """Take over a saved weight (the :attr:`state` of another run), any float dtype, the weight's layout.
+
+        A float32 state stays in the master even where the weight is float32 now: the trainer's precision may
+        make the weight coarser afterwards.
+        """
+        if state.dtype == torch.float32:
+            self.master = state.to(device=self.weight.device, copy=True)
         self.weight.copy_(state)
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ from stableedit_pl.encoding import Encoder, chunks
 from stableedit_pl.errors import SettingError
 from stableedit_pl.loading import DEMO
 from stableedit_pl.readers import file_checksum, read_records
-from stableedit_pl.record_encoding import EncodedRecord, RecordEncoder
+from stableedit_pl.record_encoding import EncodedRecord, RecordEncoder, ScoredPiece
 from stableedit_pl.records import EditRecord
 from stableedit_pl.turns import Turn, TurnBuilder, TurnDataset, TurnSampler, TurnSchedule, WarmUpSettings
 
@@ -285,7 +285,7 @@ class EditStream(LightningDataModule):
         return demo_path(f"{demo_name}.jsonl") if path == DEMO else Path(path).expanduser()
 
 
-class _Pieces(TorchDataset[list[EncodedRecord]]):
+class _Pieces(TorchDataset[ScoredPiece]):
     """Pieces of the target stream by index, encoded when asked."""
 
     def __init__(self, stream: EditStream, pieces: list[list[int]]) -> None:
@@ -295,8 +295,8 @@ class _Pieces(TorchDataset[list[EncodedRecord]]):
     def __len__(self) -> int:
         return len(self.pieces)
 
-    def __getitem__(self, index: int) -> list[EncodedRecord]:
-        return self.stream.scored(self.pieces[index])
+    def __getitem__(self, index: int) -> ScoredPiece:
+        return ScoredPiece(self.stream.scored(self.pieces[index]))
 
 
 def _as_is(item: Any) -> Any:

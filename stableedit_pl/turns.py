@@ -29,9 +29,10 @@ class EncodedEdit:
     encoding: Encoding
 
 
-@dataclass(frozen=True, slots=True)
 class Turn:
     """The edits applied together: what ``training_step`` receives.
+
+    Not a dataclass: Lightning's half precision walks into those looking for tensors, and rebuilds them.
 
     Attributes:
         index: 0-based position in the stream, warm-up turns included.
@@ -42,12 +43,22 @@ class Turn:
         normalization: what this turn uses instead of the editor's own; None for the editor's own.
     """
 
-    index: int
-    phase: Phase
-    edits: tuple[EncodedEdit, ...]
-    micro_batch_size: int
-    update_weights: bool = True
-    normalization: Normalization | None = None
+    def __init__(
+        self,
+        index: int,
+        phase: Phase,
+        edits: tuple[EncodedEdit, ...],
+        micro_batch_size: int,
+        update_weights: bool = True,
+        normalization: Normalization | None = None,
+    ) -> None:
+        """See the class."""
+        self.index = index
+        self.phase: Phase = phase
+        self.edits = edits
+        self.micro_batch_size = micro_batch_size
+        self.update_weights = update_weights
+        self.normalization = normalization
 
 
 @dataclass(frozen=True, slots=True)

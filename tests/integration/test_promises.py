@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import assert_same_state, fit, ledger, results, saved_state, updates
-from tiny import GPT2_SITE, LLAMA_SITE, edit_rows, relative_difference, write_stream
+from tiny import LLAMA_SITE, edit_rows, relative_difference, write_stream
 
 from stableedit_pl.callbacks import EditEvaluation, WarmUp
 from stableedit_pl.planning import BadTurn

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from runs import assert_same_state, curves, fit, ledger, results, saved_state
 from tiny import LLAMA_SITE, edit_rows, write_stream
@@ -148,6 +149,19 @@ def test_a_stopped_run_ends_bit_identical_after_resuming(tmp_path: Path, config:
         assert without_seconds(results(run)) == without_seconds(results(uninterrupted)), (point, how)
         assert curves(run) == expected_curves, (point, how)
         assert (run / "config-2.yaml").is_file()
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "32-true"])
+@pytest.mark.parametrize("folder", ["llama_folder", "llama_bf16_folder"])
+def test_resuming_is_exact_in_every_precision(
+    tmp_path: Path, request: pytest.FixtureRequest, stream_file: str, folder: str, precision: str
+) -> None:
+    base, data = request.getfixturevalue(folder), {"path": stream_file}
+    fit(tmp_path / "whole", base, data, trainer={"precision": precision})
+    fit(tmp_path / "run", base, data, trainer={"precision": precision, "max_steps": 2})
+    fit(tmp_path / "run", base, data, trainer={"precision": precision}, ckpt_path="last")
+    assert_same_state(saved_state(tmp_path / "run"), saved_state(tmp_path / "whole"))
+    assert saved_state(tmp_path / "run")[f"model.{LLAMA_SITE}.weight"].dtype == torch.float32
 
 
 def test_resuming_in_many_small_pieces_with_workers(tmp_path: Path, llama_folder: str, stream_file: str) -> None:

@@ -1,0 +1,78 @@
+"""Every shipped configuration runs, shortened and on tiny material."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from runs import ledger
+from tiny import LLAMA_SITE, edit_rows, write_stream
+
+from stableedit_pl.cli import main
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+OVERLAYS = {"standardize.yaml", "no_normalization.yaml", "official_parity.yaml"}
+ALL = sorted(file.name for file in CONFIGS.glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def no_arguments_of_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["stableedit"])
+
+
+def foreign(dataset: str, path: Path, seed: int) -> str:
+    """Tiny rows in the layout of a foreign data set."""
+    rows = []
+    for i, row in enumerate(edit_rows(6, seed)):
+        probe = row["locality"][0]
+        if dataset == "zsre":
+            rows.append({"subject": "w1", "src": row["prompt"], "rephrase": row["rephrases"][0], "alt": row["target"],
+                         "loc": probe["prompt"], "loc_ans": probe["target"]})  # fmt: skip
+        else:
+            rewrite = {"prompt": "{} " + row["prompt"], "subject": "w1", "target_new": {"str": row["target"]},
+                       "target_true": {"str": "w2"}}  # fmt: skip
+            rows.append({"case_id": i, "requested_rewrite": rewrite, "paraphrase_prompts": row["rephrases"],
+                         "neighborhood_prompts": [probe["prompt"]]})  # fmt: skip
+    path.write_text(json.dumps(rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_configuration_runs(tmp_path: Path, llama_folder: str, name: str) -> None:
+    files = [f"--config={CONFIGS / 'demo.yaml'}"] if name in OVERLAYS else []
+    dataset = name.removesuffix(".yaml") if name in ("zsre.yaml", "counterfact.yaml") else "edits"
+    if dataset == "edits":
+        stream = write_stream(tmp_path / "edits.jsonl", edit_rows(6))
+        warmup = write_stream(tmp_path / "warmup.jsonl", edit_rows(4, 3))
+    else:
+        stream = foreign(dataset, tmp_path / "edits.json", 0)
+        warmup = foreign(dataset, tmp_path / "warmup.json", 3)
+    arguments = [
+        "fit",
+        *files,
+        f"--config={CONFIGS / name}",
+        f"--model.base_model={llama_folder}",
+        f'--model.sites=["{LLAMA_SITE}"]',
+        "--model.step_size=1e-4",
+        f"--data.path={stream}",
+        "--data.turn_size=3",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        f"--run_dir={tmp_path / 'run'}",
+    ]
+    uses_warmup = name != "own_data.yaml"
+    main([*arguments, f"--data.warmup_path={warmup}"] if uses_warmup else arguments)
+    phases = [line["phase"] for line in ledger(tmp_path / "run")]
+    assert phases.count("edit") == 6
+    assert (phases.count("warmup") > 0) == uses_warmup
+    saved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    shipped = yaml.safe_load((CONFIGS / name).read_text())
+    for setting, value in shipped.get("model", {}).items():
+        if setting not in ("base_model", "sites", "step_size"):
+            assert saved["model"][setting] == value, setting
+
+
+def test_the_table_of_configurations_is_complete() -> None:
+    table = (CONFIGS / "README.md").read_text()
+    assert all(f"`{name}`" in table for name in ALL)
