@@ -89,10 +89,9 @@ class StabilityMonitor(Callback):
             "update_norm": norm.item(),
             "weight_norm_ratio": (site.state.float().norm() / original.norm()).item(),
         }
-        if before.norm() > 0:
-            values["cosine_to_sum"] = _cosine((delta.double() * before.double()).sum(), norm, before.double().norm())
         previous = self._previous.get(site.name)
-        if previous is not None:
+        if previous is not None:  # before the first update there is no sum, only rounding
+            values["cosine_to_sum"] = _cosine((delta.double() * before.double()).sum(), norm, before.double().norm())
             there = update.left.device
             previous = SiteUpdate(previous.left.to(there), previous.right.to(there))
             values["cosine_to_previous"] = _cosine(update.inner(previous), norm, previous.norm())

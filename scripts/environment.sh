@@ -1,0 +1,35 @@
+# Sourced by the other scripts: makes a virtual environment with this project in it, and puts it first on PATH.
+#   source scripts/environment.sh [EXTRA]      EXTRA: dev, devices or nothing
+# STABLEEDIT_VENV names another place than .venv.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+STABLEEDIT_VENV="${STABLEEDIT_VENV:-$PWD/.venv}"
+
+_supported_python() {
+    local candidate
+    for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11; do
+        if [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "Python 3.11 or newer is needed; name one with PYTHON=/path/to/python" >&2
+    return 1
+}
+
+_installed_for() { # the extra's mark is as new as the files that decide what is installed
+    local mark="$STABLEEDIT_VENV/.stableedit-${1:-plain}"
+    [ -e "$mark" ] && [ ! pyproject.toml -nt "$mark" ] && [ ! constraints.txt -nt "$mark" ]
+}
+
+if ! _installed_for "${1:-}"; then
+    if [ ! -x "$STABLEEDIT_VENV/bin/python" ]; then
+        python="$(_supported_python)"
+        echo "Making a virtual environment in $STABLEEDIT_VENV with $python"
+        "$python" -m venv "$STABLEEDIT_VENV"
+    fi
+    echo "Installing (once; the first time takes a few minutes)"
+    "$STABLEEDIT_VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
+        -c constraints.txt -e ".${1:+[$1]}"
+    touch "$STABLEEDIT_VENV/.stableedit-${1:-plain}"
+fi
+PATH="$STABLEEDIT_VENV/bin:$PATH"
