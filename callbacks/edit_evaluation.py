@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from stableedit_pl.curves import log_curves
 from stableedit_pl.editor import LifelongEditor
@@ -139,6 +140,7 @@ class EditEvaluation(Callback):
         applied = stream.schedule.target_edits_before(trainer.global_step)
         rows = list(range(applied)) if self.final else [row for row, _, _ in self._sample if row < applied]
         rules: list[ScoringRule] = [editor.scoring, *(rule for rule in self.also_score if rule != editor.scoring)]
+        rank_zero_info(f"Scoring {len(rows)} applied edits with the original and with the final weights ...")
         by_rule = {rule: score_base_and_retained(editor, stream, rows, rule) for rule in rules}
         self._state["evaluate_seconds"] += time.perf_counter() - started
         base, retained = by_rule[editor.scoring]
@@ -164,7 +166,8 @@ class EditEvaluation(Callback):
                 "seconds": {"edit": self._state["edit_seconds"], "evaluate": self._state["evaluate_seconds"]},
             },
             measured={
-                "base": "the same prompts as retained, with the original weights",
+                "base": "the same prompts as retained, with the original weights; by base_output, its specificity is "
+                "agreement with itself",
                 "at_edit": "each edit right after its own turn, mean over all target edits",
                 "retained": "final weights, on "
                 + (f"all {applied} applied target edits" if self.final else f"a fixed sample of {len(rows)} of them"),

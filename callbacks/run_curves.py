@@ -21,10 +21,11 @@ class RunCurves(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LifelongEditor) -> None:  # type: ignore[override]
         """Lay out the page, or purge what a killed process logged beyond its checkpoint."""
         for writer in tensorboard_writers(trainer):
-            if trainer.global_step > 0:
+            turn = trainer.global_step
+            if trainer.ckpt_path is not None:
                 session = SessionLog(status=SessionLog.START)
-                writer.file_writer.add_event(Event(session_log=session), step=trainer.global_step + 1)
-            else:
+                writer.file_writer.add_event(Event(session_log=session), step=turn + 1 if turn else 0)
+            if turn == 0:
                 writer.add_custom_scalars(LAYOUT)
                 settings = {"model": dict(pl_module.hparams), "data": dict(trainer.datamodule.hparams)}  # type: ignore[attr-defined]
                 writer.add_text("settings", "```yaml\n" + yaml.safe_dump(plain(settings), sort_keys=False) + "```", 0)

@@ -16,7 +16,8 @@ from stableedit_pl.stop_signals import StopRequested, StopSignals
 class TurnCheckpoint(Checkpoint):
     """Writes ``checkpoints/turn=<n>.ckpt`` and points ``checkpoints/last.ckpt`` at the newest.
 
-    The first Ctrl-C or SIGTERM lets the turn finish, saves, and stops; a second Ctrl-C stops at once.
+    A new run's position 0 is saved before its first turn. The first Ctrl-C or SIGTERM lets the turn finish, saves, and
+    stops; a second Ctrl-C stops at once.
 
     Args:
         every_n_turns: save after every so many turns; None for never by count.
@@ -41,9 +42,14 @@ class TurnCheckpoint(Checkpoint):
         self._last_saved_at = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over the signals; Lightning has installed its own by now."""
+        """Take over the signals (Lightning has installed its own by now), and save position 0 of a new run.
+
+        From here on ``--ckpt_path last`` works, also after a kill before the first scheduled checkpoint.
+        """
         self._last_saved_at = time.monotonic()
         self.signals.install()
+        if trainer.global_step == 0:
+            self._save(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -16,9 +16,12 @@ _supported_python() {
     return 1
 }
 
-_installed_for() { # the extra's mark is as new as the files that decide what is installed
-    local mark="$STABLEEDIT_VENV/.stableedit-${1:-plain}"
-    [ -e "$mark" ] && [ ! pyproject.toml -nt "$mark" ] && [ ! constraints.txt -nt "$mark" ]
+_installed_for() { # a mark is as new as the files that decide what is installed; dev includes all there is
+    local mark
+    for mark in "$STABLEEDIT_VENV/.stableedit-${1:-plain}" "$STABLEEDIT_VENV/.stableedit-dev"; do
+        [ -e "$mark" ] && [ ! pyproject.toml -nt "$mark" ] && [ ! constraints.txt -nt "$mark" ] && return 0
+    done
+    return 1
 }
 
 if ! _installed_for "${1:-}"; then

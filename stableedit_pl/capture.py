@@ -39,12 +39,14 @@ def tapped(sites: Sequence[Site]) -> Iterator[dict[str, Tap]]:
     """Record the sites' inputs and outputs while the context lasts; the hooks are gone afterwards, always.
 
     Yields:
-        Site name to its tap, filled by each forward pass.
+        Site name to its tap, filled by a forward pass; clear it before the next.
     """
     taps: dict[str, Tap] = {}
 
     def hook_for(name: str) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if name in taps:
+                raise RuntimeError(f"site {name} runs twice in one forward pass: such a shared layer cannot be edited")
             if not output.requires_grad:
                 output.requires_grad_(True)
             taps[name] = Tap(inputs[0].detach(), output)

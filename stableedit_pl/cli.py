@@ -2,9 +2,11 @@
 
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -48,10 +50,13 @@ class SaveSettings(SaveConfigCallback):
     """Saves an edit run's full settings; a resumed run's beside them, numbered."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Save when a run starts or resumes."""
-        if stage == "fit" and not self.already_saved:
-            self.config_filename = RunDirectory(trainer.default_root_dir).next_config().name
-            super().setup(trainer, pl_module, stage)
+        """Nothing yet: a run that fails before its first turn leaves no file behind."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Save when the run starts or resumes."""
+        file = RunDirectory(trainer.default_root_dir).next_config()
+        if trainer.is_global_zero:
+            self.parser.save(self.config, str(file), skip_none=False, overwrite=False, multifile=False)
 
 
 class EditCLI(LightningCLI):
@@ -107,8 +112,8 @@ class EditCLI(LightningCLI):
         _say(f"\n{results['edits']} edits in {results['turns'] - results['warmup_turns']} turns, "
              f"{edits_per_second(results):.1f} edits per second ({results['settings']['scoring']})")  # fmt: skip
         _say(results_table(results))
-        _say(f"\nCurves:  tensorboard --logdir {run.path}")
-        _say(f"Export:  stableedit export --run {run.path} --out MY_MODEL")
+        _say(f"\nCurves:  {_command('tensorboard')} --logdir {run.path}")
+        _say(f"Export:  {_command('stableedit')} export --run {run.path} --out MY_MODEL")
 
     def after_validate(self) -> None:
         """Show the scores."""
@@ -153,13 +158,22 @@ def main(args: Sequence[str] | None = None) -> None:
             args=None if args is None else list(args),
         )
     except StopRequested as stop:
-        command = " ".join(["stableedit", *(sys.argv[1:] if args is None else args)])
+        command = " ".join([_command("stableedit"), *(sys.argv[1:] if args is None else args)])
         resume = command if "--ckpt_path" in command else f"{command} --ckpt_path last"
         _say(f"\n{stop}; everything is saved. Go on with:\n  {resume}", error=True)
         raise SystemExit(stop.exit_code) from None
     except USER_ERRORS as error:
         _say(f"\nError: {error}", error=True)
         raise SystemExit(1) from error
+
+
+def _command(name: str) -> str:
+    """How to call a program of this environment: by its name where that is active, else by its path."""
+    script = Path(sys.prefix) / "bin" / name
+    if os.environ.get("VIRTUAL_ENV") == sys.prefix or not script.exists():
+        return name
+    relative = os.path.relpath(script)
+    return relative if len(relative) < len(str(script)) else str(script)
 
 
 def _quiet() -> None:

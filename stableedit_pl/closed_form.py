@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from stableedit_pl.capture import Captured
-from stableedit_pl.planning import MethodSettings, TurnPlan, plan_turn
+from stableedit_pl.planning import BadTurn, MethodSettings, TurnPlan, plan_turn
 from stableedit_pl.sites import Site
 from stableedit_pl.statistics import LNStatistics
 
@@ -122,18 +122,21 @@ class ClosedFormEdit(Optimizer):
         """
         state = self.editor_state
         edited = [site for site in self.sites if site.name in plan.updates]
-        deltas = [plan.updates[site.name].dense() for site in edited]
-        before = [site.weight.clone() for site in edited] if self.measure_survival else []
+        deltas = [site.prepared(plan.updates[site.name].dense()) for site in edited]
+        for site, delta in zip(edited, deltas, strict=True):
+            if site.weight.dtype == torch.float16 and site.overflows(delta):
+                raise BadTurn(f"the update takes the weight of {site.name} out of float16's range; use bfloat16")
+        watched = []
+        if self.measure_survival:
+            intended = [site.oriented(plan.updates[site.name].dense()) for site in edited]
+            watched = [(site, site.weight.clone(), wanted) for site, wanted in zip(edited, intended, strict=True)]
         state.committing = True
         for site, delta in zip(edited, deltas, strict=True):
             site.add(delta)
         state.statistics = plan.statistics
         state.committed_turns += 1
         state.committing = False
-        return {
-            site.name: _survival(old, site.weight, site.oriented(delta))
-            for site, old, delta in zip(edited, before, deltas, strict=False)
-        }
+        return {site.name: _survival(before, site.weight, wanted) for site, before, wanted in watched}
 
 
 def _survival(before: Tensor, after: Tensor, intended: Tensor) -> float:

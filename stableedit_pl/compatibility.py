@@ -26,17 +26,30 @@ def refuse_differences(source: str, old: Mapping[str, Any], new: Mapping[str, An
         IncompatibleCheckpoint: listing every name whose values differ.
     """
     names = [*old, *(name for name in new if name not in old)]
-    rows = [(name, str(old.get(name)), str(new.get(name))) for name in names if old.get(name) != new.get(name)]
-    if not rows:
+    differing = [name for name in names if old.get(name) != new.get(name)]
+    if not differing:
         return
-    table = [("setting", f"in {source}", "now"), *rows]
-    widths = [max(len(row[column][:60]) for row in table) for column in range(3)]
-    lines = ["  " + "  ".join(cell[:60].ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+    table = [("setting", f"in {source}", "now")]
+    table += [(name, *_where_they_differ(str(old.get(name)), str(new.get(name)))) for name in differing]
+    widths = [max(len(row[column]) for row in table) for column in range(3)]
+    lines = ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
     raise IncompatibleCheckpoint(
         f"{source} belongs to another run:\n"
         + "\n".join(line.rstrip() for line in lines)
         + "\nGo on with the old settings, or start a new run in another run_dir without --ckpt_path."
     )
+
+
+def _where_they_differ(old: str, new: str, width: int = 60) -> tuple[str, str]:
+    """Both values cut to ``width`` letters, from a little before the first that differs."""
+    common = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+    begin = 0 if max(len(old), len(new)) <= width else max(0, common - width // 3)
+
+    def cut(value: str) -> str:
+        piece = value[begin : begin + width]
+        return ("..." if begin else "") + piece + ("..." if begin + width < len(value) else "")
+
+    return cut(old), cut(new)
 
 
 def base_model_digest(config: Any, sites: Sequence[Site]) -> str:

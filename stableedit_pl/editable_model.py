@@ -7,13 +7,12 @@ from typing import Any, Literal, Self
 from lightning.pytorch import LightningModule
 
 from stableedit_pl.encoding import Encoder
-from stableedit_pl.errors import SettingError
-from stableedit_pl.loading import context_length, load_language_model, load_tokenizer
+from stableedit_pl.errors import SettingError, require_choice
+from stableedit_pl.loading import ModelDtype, context_length, load_language_model, load_tokenizer
 from stableedit_pl.record_encoding import EncodedRecord, ScoredPiece
 from stableedit_pl.scoring import EditScores, RecordAnswers, Scorer, ScoringRule, answer_records, score_records
 from stableedit_pl.sites import Site, resolve_sites
 
-ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
 SpecificityReference = Literal["base_output", "stated_answer"]
 
 
@@ -44,6 +43,9 @@ class EditableModel(LightningModule):
             SettingError: if a size is not positive.
         """
         super().__init__()
+        require_choice("model_dtype", model_dtype, ModelDtype)
+        require_choice("scoring", scoring, ScoringRule)
+        require_choice("specificity_reference", specificity_reference, SpecificityReference)
         if scoring_batch_size < 1:
             raise SettingError(f"scoring_batch_size must be at least 1, got {scoring_batch_size}")
         self.base_model = base_model

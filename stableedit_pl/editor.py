@@ -16,14 +16,18 @@ from torch.nn.modules.module import _IncompatibleKeys
 from stableedit_pl.capture import Captured, LossReduction, capture
 from stableedit_pl.closed_form import ClosedFormEdit, EditorState, StepInput
 from stableedit_pl.compatibility import base_model_digest, refuse_differences
-from stableedit_pl.editable_model import EditableModel, ModelDtype, SpecificityReference
+from stableedit_pl.editable_model import EditableModel, SpecificityReference
+from stableedit_pl.errors import require_choice
 from stableedit_pl.guards import check_trainer
+from stableedit_pl.loading import ModelDtype
 from stableedit_pl.normalization import Normalization
 from stableedit_pl.planning import MethodSettings
 from stableedit_pl.report import TurnReport
-from stableedit_pl.scoring import ScoringRule, match, target_tokens
+from stableedit_pl.scoring import ScoringRule, match
 from stableedit_pl.statistics import LNStatistics, StatisticsScope
 from stableedit_pl.turns import Turn
+
+MasterDtype = Literal["float32", "model"]
 
 
 class LifelongEditor(EditableModel):
@@ -61,7 +65,7 @@ class LifelongEditor(EditableModel):
         eigenvalue_floor: float = 0.0,
         statistics_scope: StatisticsScope = "site",
         loss_reduction: LossReduction = "token_sum",
-        master_dtype: Literal["float32", "model"] = "float32",
+        master_dtype: MasterDtype = "float32",
         model_dtype: ModelDtype = "auto",
         scoring: ScoringRule = "token_match",
         specificity_reference: SpecificityReference = "base_output",
@@ -75,6 +79,9 @@ class LifelongEditor(EditableModel):
         super().__init__(base_model, sites, model_dtype, scoring, specificity_reference, scoring_batch_size)
         self.save_hyperparameters()
         self.settings = MethodSettings(normalization, step_size, ridge, prior_strength, eigenvalue_floor)
+        require_choice("statistics_scope", statistics_scope, StatisticsScope)
+        require_choice("loss_reduction", loss_reduction, LossReduction)
+        require_choice("master_dtype", master_dtype, MasterDtype)
         self.statistics_scope: StatisticsScope = statistics_scope
         self.loss_reduction: LossReduction = loss_reduction
         self.master_dtype = master_dtype
@@ -192,7 +199,7 @@ class LifelongEditor(EditableModel):
             forced = scorer.teacher_forced(encodings)
             answers = scorer.answers(encodings) if self.scoring == "greedy_match" else forced
         scores = [
-            match(answer.tokens, target_tokens(encoding, self.scoring), self.scoring)
+            match(answer.tokens, tuple(encoding.target_ids), self.scoring)
             for answer, encoding in zip(answers, encodings, strict=True)
         ]
         return [answer.loss for answer in forced], scores

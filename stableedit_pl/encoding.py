@@ -34,11 +34,13 @@ class Encoding:
         input_ids: prompt tokens, then all target tokens but the last.
         labels: same length; the next token where that is an answer token, else ``IGNORED``.
         prompt_length: number of leading ``input_ids`` that belong to the prompt.
+        skipped: tokens of the target that are read but do not count as answer tokens.
     """
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
     prompt_length: int
+    skipped: tuple[int, ...] = ()
 
     @property
     def target_ids(self) -> list[int]:
@@ -124,6 +126,7 @@ class Encoder:
             input_ids=tuple(prompt_ids + target_ids[:-1]),
             labels=tuple([IGNORED] * (len(prompt_ids) - 1) + answer_labels),
             prompt_length=len(prompt_ids),
+            skipped=tuple(token for token, keep in zip(target_ids, counted, strict=True) if not keep),
         )
 
     def _is_bare_space(self, token: int) -> bool:

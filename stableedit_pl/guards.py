@@ -4,7 +4,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 
 def check_trainer(trainer: Trainer) -> None:
@@ -36,7 +36,12 @@ def _rules(trainer: Any) -> list[tuple[bool, str]]:
             "overfit_batches repeats turns, and every edit is applied once; use data.max_edits for a short stream.",
         ),
         (
-            trainer.limit_train_batches not in (1.0, None),
+            bool(trainer.fast_dev_run),
+            "fast_dev_run would drop turns; use trainer.max_steps=1 in a run_dir of its own.",
+        ),
+        (
+            not trainer.fast_dev_run
+            and (trainer.limit_train_batches != 1.0 or type(trainer.limit_train_batches) is int),
             f"limit_train_batches={trainer.limit_train_batches} would drop turns; use trainer.max_steps as the "
             "horizon in turns, or data.max_edits.",
         ),
@@ -62,9 +67,14 @@ def _rules(trainer: Any) -> list[tuple[bool, str]]:
             "(DevicePlacement spreads a model over several devices).",
         ),
         (
-            any(callback._save_on_exception for callback in checkpoints if hasattr(callback, "_save_on_exception"))
-            or any(getattr(callback, "save_on_exception", False) for callback in checkpoints),
-            "ModelCheckpoint(save_on_exception=True) could save a turn without its ledger lines; leave it out, "
-            "TurnCheckpoint saves completed turns.",
+            any(callback.save_on_exception for callback in checkpoints)
+            or any(isinstance(callback, OnExceptionCheckpoint) for callback in trainer.callbacks),
+            "ModelCheckpoint(save_on_exception=True) and OnExceptionCheckpoint could save a turn without its ledger "
+            "lines; leave them out, TurnCheckpoint saves completed turns.",
         ),
     ]
+
+
+def _all_batches(limit: int | float | None) -> bool:
+    """Whether a limit is none: 1.0 is all batches, but 1 is one batch."""
+    return limit is None or (isinstance(limit, float) and limit == 1.0)

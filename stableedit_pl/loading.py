@@ -1,16 +1,19 @@
 """The language model and its tokenizer, from a folder, a hub id, or the demo shipped with the package."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stableedit_pl.demo import demo_path
+from stableedit_pl.errors import require_choice
 
 DEMO = "demo"
 """What ``base_model``, ``path`` and ``warmup_path`` say to mean the demo shipped with the package."""
 
+ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -20,7 +23,9 @@ class LoadingError(ValueError):
 
 def resolve_base_model(base_model: str) -> str:
     """The folder or hub id that ``base_model`` stands for (``demo``: the shipped model)."""
-    return str(demo_path("model")) if base_model == DEMO else base_model
+    if base_model == DEMO:
+        return str(demo_path("model"))
+    return str(Path(base_model).expanduser()) if base_model.startswith("~") else base_model
 
 
 def load_tokenizer(base_model: str) -> Any:
@@ -50,12 +55,13 @@ def load_language_model(base_model: str, model_dtype: str = "auto", device_map: 
     """
     source = resolve_base_model(base_model)
     _check_folder(base_model, source)
+    require_choice("model_dtype", model_dtype, ModelDtype)
     options: dict[str, Any] = {"dtype": _DTYPES.get(model_dtype, "auto")}
     if device_map is not None:
         options["device_map"] = device_map
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise LoadingError(f"cannot load base_model {base_model!r}: {error}") from error
     return model.eval().requires_grad_(False)
 
@@ -64,7 +70,10 @@ def context_length(base_model: str) -> int | None:
     """Longest input in tokens by the base model's configuration; None if it states none."""
     source = resolve_base_model(base_model)
     _check_folder(base_model, source)
-    config = AutoConfig.from_pretrained(source).get_text_config()
+    try:
+        config = AutoConfig.from_pretrained(source).get_text_config()
+    except (OSError, ValueError) as error:
+        raise LoadingError(f"cannot load the configuration of base_model {base_model!r}: {error}") from error
     length = getattr(config, "max_position_embeddings", None)
     return int(length) if length else None
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stableedit_pl.errors import SettingError
+from stableedit_pl.errors import SettingError, require_choice
 from stableedit_pl.normalization import Normalization, normalize
 from stableedit_pl.ridge import SiteUpdate, ridge_update, targets
 from stableedit_pl.statistics import LNStatistics, Rows
@@ -47,8 +47,7 @@ class MethodSettings:
         Raises:
             SettingError: naming the setting, what it was and what it may be.
         """
-        if self.normalization not in ("whiten", "standardize", "none"):
-            raise SettingError(f"normalization must be whiten, standardize or none, got {self.normalization!r}")
+        require_choice("normalization", self.normalization, Normalization)
         for name, allowed in (("step_size", "positive"), ("ridge", "positive")):
             if not getattr(self, name) > 0:
                 raise SettingError(f"{name} must be {allowed}, got {getattr(self, name)}")
@@ -131,7 +130,10 @@ def _plan_site(
         settings.eigenvalue_floor,
     )
     values = targets(normalized.keys, normalized.gradients, settings.step_size)
-    return ridge_update(keys, values, settings.ridge), normalized.spectrum
+    try:
+        return ridge_update(keys, values, settings.ridge), normalized.spectrum
+    except ArithmeticError as error:
+        raise BadTurn(f"site {name}: {error}") from error
 
 
 def _check(updates: Mapping[str, SiteUpdate], satisfied: bool) -> None:

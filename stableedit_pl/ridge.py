@@ -7,13 +7,10 @@ Two closed forms of the same Delta, chosen by shape: ``K^T (K K^T + ridge I)^{-1
 system) when there are fewer rows than input dimensions, ``(K^T K + ridge I)^{-1} K^T V`` (primal) otherwise.
 """
 
-import logging
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,7 +22,7 @@ class SiteUpdate:
 
     Attributes:
         left: float32 ``[r, d_in]``.
-        right: float32 ``[r, d_out]``.
+        right: float64 ``[r, d_out]``.
     """
 
     left: Tensor
@@ -33,7 +30,7 @@ class SiteUpdate:
 
     def dense(self) -> Tensor:
         """``Delta``, float32 ``[d_in, d_out]``."""
-        return self.left.T @ self.right
+        return (self.left.T.to(self.right.dtype) @ self.right).float()
 
     def inner(self, other: "SiteUpdate") -> Tensor:
         """Frobenius inner product of two updates, float64 scalar."""
@@ -63,6 +60,7 @@ def ridge_update(keys: Tensor, values: Tensor, ridge: float) -> SiteUpdate:
         The update.
 
     Raises:
+        ArithmeticError: if the system cannot be solved.
         ValueError: if the shapes do not belong together or ``ridge`` is not positive.
     """
     if keys.dim() != 2 or values.dim() != 2 or keys.shape[0] != values.shape[0]:
@@ -70,28 +68,22 @@ def ridge_update(keys: Tensor, values: Tensor, ridge: float) -> SiteUpdate:
     if not ridge > 0:
         raise ValueError(f"ridge must be positive, got {ridge}")
     rows, d_in = keys.shape
+    # float64 throughout: similar keys with different targets give large coefficients that cancel, and float32 is left
+    # with too few digits of the difference, silently. The systems are small.
+    k, v = keys.double(), values.double()
     if rows < d_in:
-        return SiteUpdate(left=keys, right=_solve(keys @ keys.T, values, ridge))
-    delta = _solve(keys.T @ keys, keys.T @ values, ridge)
+        return SiteUpdate(left=keys, right=_solve(k @ k.T, v, ridge))
+    delta = _solve(k.T @ k, k.T @ v, ridge)
     return SiteUpdate(left=torch.eye(d_in, dtype=keys.dtype, device=keys.device), right=delta)
 
 
 def _solve(gram: Tensor, rhs: Tensor, ridge: float) -> Tensor:
-    """``(gram + ridge I)^{-1} rhs`` by Cholesky, once more in float64 where float32 breaks down."""
-    for dtype in (gram.dtype, torch.float64):
-        system = gram.to(dtype) + ridge * torch.eye(gram.shape[0], dtype=dtype, device=gram.device)
-        factor, failed = torch.linalg.cholesky_ex(system)
-        if not failed.item():
-            return torch.cholesky_solve(rhs.to(dtype), factor).to(rhs.dtype)
-        if dtype != torch.float64:
-            log.warning(
-                "The %dx%d ridge system is not positive definite in %s; solving it in float64. "
-                "A larger ridge (now %g) avoids this.",
-                *gram.shape,
-                dtype,
-                ridge,
-            )
-    raise ArithmeticError(
-        f"The {gram.shape[0]}x{gram.shape[1]} ridge system is not positive definite even in float64: "
-        f"the keys are not finite, or ridge={ridge} is too small for them."
-    )
+    """``(gram + ridge I)^{-1} rhs`` by Cholesky."""
+    system = gram + ridge * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if failed.item():
+        raise ArithmeticError(
+            f"the {gram.shape[0]}x{gram.shape[1]} ridge system is not positive definite: the keys are not finite, or "
+            f"ridge={ridge:g} is too small for keys of this size"
+        )
+    return torch.cholesky_solve(rhs, factor)

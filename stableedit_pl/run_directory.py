@@ -1,7 +1,7 @@
 """The run directory: everything a run writes lies directly in here, under these names."""
 
 import os
-import shutil
+import re
 from pathlib import Path
 
 LAST = "last"
@@ -74,12 +74,12 @@ class RunDirectory:
                     f"--ckpt_path {resuming_from} belongs to the run in {resuming_from.resolve().parent.parent}, but "
                     f"--run_dir is {self.path}. A run is resumed where it was: set --run_dir to that directory."
                 )
-        elif self.holds_run() and not overwrite:
-            raise RunDirectoryError(
-                f"{self.path} already holds a run. Resume it with --ckpt_path last, choose another --run_dir, "
-                "or replace it with --overwrite true."
-            )
-        if resuming_from is None:
+        elif self.holds_run():
+            if not overwrite:
+                raise RunDirectoryError(
+                    f"{self.path} already holds a run. Resume it with --ckpt_path last, choose another --run_dir, "
+                    "or replace it with --overwrite true."
+                )
             self._clear()
         self.path.mkdir(parents=True, exist_ok=True)
 
@@ -91,11 +91,15 @@ class RunDirectory:
         return candidate
 
     def _clear(self) -> None:
-        """Remove a run's own files; anything else in the directory stays."""
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
-        own = [self.statistics, self.ledger, self.results, self.predictions]
-        for file in [*own, *self.path.glob("config*.yaml"), *self.path.glob("events.out.tfevents.*")]:
+        """Remove the files a run writes, by their names; anything else in the directory stays."""
+        own = [self.config, self.statistics, self.ledger, self.results, self.predictions, self.path / "hparams.yaml"]
+        own += [file for file in self.path.glob("config-*.yaml") if re.fullmatch(r"config-\d+", file.stem)]
+        own += self.path.glob("events.out.tfevents.*")
+        own += [self.last_checkpoint, *self.checkpoints.glob("turn=*.ckpt"), *self.checkpoints.glob(".*.ckpt.tmp")]
+        for file in own:
             file.unlink(missing_ok=True)
+        if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
+            self.checkpoints.rmdir()
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -104,6 +108,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
         file.write(data)
+        file.flush()
         flush_to_disk(file.fileno())
     temporary.replace(path)
     flush_directory(path.parent)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
+from transformers import GenerationConfig
 
 from stableedit_pl.capture import answer_loss
 from stableedit_pl.encoding import Encoding, chunks, collate
@@ -31,19 +32,12 @@ class Answer:
     """What a model answers to one prompt, and what that cost it.
 
     Attributes:
-        tokens: the predicted token at each answer token (or as many decoded tokens).
+        tokens: the predicted token at each answer token (or as many decoded tokens, those that do not count left out).
         loss: cross entropy summed over the target's answer tokens; NaN when decoded freely.
     """
 
     tokens: Ids
     loss: float = float("nan")
-
-
-def target_tokens(encoding: Encoding, rule: ScoringRule) -> Ids:
-    """The tokens an answer is compared with: the answer tokens, or the whole target when decoded freely."""
-    if rule == "greedy_match":
-        return (*encoding.input_ids[encoding.prompt_length :], encoding.labels[-1])
-    return tuple(encoding.target_ids)
 
 
 def match(answer: Ids, expected: Ids, rule: ScoringRule) -> float:
@@ -109,17 +103,19 @@ class Scorer:
         for length, members in sorted(by_length.items()):
             for piece in chunks(members, self.batch_size):
                 prompts = torch.tensor([encodings[i].input_ids[:length] for i in piece], device=_device(self.model))
-                wanted = [len(target_tokens(encodings[i], "greedy_match")) for i in piece]
+                wanted = [len(encodings[i].target_ids) + len(encodings[i].skipped) for i in piece]
                 written = greedy(self.model, prompts, max(wanted), self.pad_id).tolist()
-                for i, count, tokens in zip(piece, wanted, written, strict=True):
+                for i, tokens in zip(piece, written, strict=True):
+                    count, skipped = len(encodings[i].target_ids), encodings[i].skipped
+                    counted = [token for token in tokens if token not in skipped]
                     # After the end token generate writes padding; a short answer is a wrong one, not an error.
-                    answers[i] = Answer(tuple((tokens + [self.pad_id] * count)[:count]))
+                    answers[i] = Answer(tuple((counted + [self.pad_id] * count)[:count]))
         return answers
 
 
 @torch.no_grad()
 def greedy(model: Any, prompts: Tensor, max_new_tokens: int, pad_id: int) -> Tensor:
-    """Greedy continuation by the model's own ``generate``.
+    """Greedy continuation by the model's own ``generate``, whatever penalties the model was shipped with.
 
     Args:
         model: causal language model.
@@ -130,14 +126,20 @@ def greedy(model: Any, prompts: Tensor, max_new_tokens: int, pad_id: int) -> Ten
     Returns:
         The new tokens, int64 ``[n, <= max_new_tokens]``.
     """
-    out = model.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
+    shipped = model.generation_config
+    plain: Any = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        num_beams=1,
         pad_token_id=pad_id,
+        bos_token_id=shipped.bos_token_id,
+        eos_token_id=shipped.eos_token_id,
     )
+    # generate fills what the given configuration leaves open from the model's own: it must not see that.
+    model.generation_config = plain
+    try:
+        out = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=plain)
+    finally:
+        model.generation_config = shipped
     return out[:, prompts.shape[1] :]  # type: ignore[no-any-return]
 
 
@@ -184,13 +186,13 @@ def score_records(
     """
     scores = []
     for i, (record, answer) in enumerate(zip(records, answers, strict=True)):
-        efficacy = match(answer.efficacy.tokens, target_tokens(record.efficacy, rule), rule)
+        efficacy = match(answer.efficacy.tokens, tuple(record.efficacy.target_ids), rule)
         rephrased = [
-            match(a.tokens, target_tokens(e, rule), rule)
+            match(a.tokens, tuple(e.target_ids), rule)
             for a, e in zip(answer.generalization, record.generalization, strict=True)
         ]
         references = (
-            [target_tokens(e, rule) for e in record.specificity]
+            [tuple(e.target_ids) for e in record.specificity]
             if base is None
             else [a.tokens for a in base[i].specificity]
         )

@@ -82,7 +82,7 @@ class Site:
         bfloat16 weights written in place lose most of many small updates; rounding from a float32 master
         loses almost nothing.
         """
-        if self.weight.dtype == torch.float32:
+        if self.weight.dtype in (torch.float32, torch.float64):
             self.master = None
             return
         start = self.weight if self.master is None else self.master
@@ -95,23 +95,29 @@ class Site:
         A float32 state stays in the master even where the weight is float32 now: the trainer's precision may
         make the weight coarser afterwards.
         """
-        if state.dtype == torch.float32:
-            self.master = state.to(device=self.weight.device, copy=True)
+        self.master = state.to(device=self.weight.device, copy=True) if state.dtype == torch.float32 else None
         self.weight.copy_(state)
 
     @torch.no_grad()
-    def add(self, delta: Tensor) -> None:
-        """``W <- W + Delta^T`` (``Conv1D``: no transpose), through the master where there is one.
+    def prepared(self, delta: Tensor) -> Tensor:
+        """``Delta [d_in, d_out]`` as :meth:`add` takes it: layout, dtype and device of :attr:`state`."""
+        return self.oriented(delta).to(self.state.device, self.state.dtype).contiguous()
+
+    @torch.no_grad()
+    def add(self, prepared: Tensor) -> None:
+        """``W <- W + Delta^T`` (``Conv1D``: no transpose), through the master where there is one; in place.
 
         Args:
-            delta: float32 ``[d_in, d_out]``, any device.
+            prepared: from :meth:`prepared`.
         """
-        oriented = self.oriented(delta)
-        if self.master is None:
-            self.weight.add_(oriented.to(self.weight.device, self.weight.dtype))
-        else:
-            self.master.add_(oriented.to(self.master.device))
+        self.state.add_(prepared)
+        if self.master is not None:
             self.weight.copy_(self.master)
+
+    @torch.no_grad()
+    def overflows(self, prepared: Tensor) -> bool:
+        """Whether adding an update would take the weight out of its dtype's range."""
+        return not bool(torch.isfinite((self.state + prepared).to(self.weight.dtype)).all())
 
     def oriented(self, delta: Tensor) -> Tensor:
         """``Delta [d_in, d_out]`` in the weight's own layout."""
@@ -170,6 +176,9 @@ def resolve_sites(model: nn.Module, patterns: Sequence[str]) -> list[Site]:
     if not patterns:
         raise SiteError("no sites given; name at least one, as in model.layers.31.mlp.down_proj")
     modules = {name: module for name, module in model.named_modules() if name}
+    holders: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), []).append(name)
     chosen: set[str] = set()
     for pattern in patterns:
         for expanded in expand_ranges(pattern):
@@ -177,7 +186,12 @@ def resolve_sites(model: nn.Module, patterns: Sequence[str]) -> list[Site]:
             if not matches:
                 raise SiteError(_no_match(pattern, expanded, modules))
             chosen.update(matches)
-    return [Site(name, module) for name, module in modules.items() if name in chosen]
+    sites = [Site(name, module) for name, module in modules.items() if name in chosen]
+    for site in sites:
+        shared = holders[id(site.module.weight)]
+        if len(shared) > 1:
+            raise SiteError(f"{site.name} cannot be edited alone, its weight is tied: {', '.join(shared)}")
+    return sites
 
 
 def _no_match(pattern: str, expanded: str, modules: dict[str, nn.Module]) -> str:

@@ -35,10 +35,13 @@ class StopSignals:
     def __init__(self) -> None:
         """Nothing is installed yet."""
         self.received: int | None = None
+        self._interrupts = 0
         self._previous: dict[int, Any] = {}
 
     def install(self) -> None:
         """Take over the signals; outside the main thread, where Python does not allow it, do nothing."""
+        self.restore()
+        self.received, self._interrupts = None, 0
         try:
             self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
         except ValueError:
@@ -51,6 +54,7 @@ class StopSignals:
         self._previous = {}
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.received == signal.SIGINT and signum == signal.SIGINT:
+        self._interrupts += signum == signal.SIGINT
+        if self._interrupts > 1:
             raise KeyboardInterrupt
         self.received = signum

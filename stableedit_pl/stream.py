@@ -221,6 +221,7 @@ class EditStream(LightningDataModule):
             "count_bare_space": self.count_bare_space,
             "warm_up": asdict(schedule.warm_up),
             "first_warmup_turn": schedule.first_warmup_turn if schedule.warmup_turns else None,
+            "turns": turns,
             "applied": {"edit": target, "warmup": warmup},
             "digests": {
                 "edit": self._digests["edit"].of_first(self.target, target),
@@ -237,8 +238,13 @@ class EditStream(LightningDataModule):
         """
         if self.trainer is None or self.trainer.state.fn != "fit":
             return
-        applied = state_dict["applied"]
+        schedule, turns = self.schedule, state_dict["turns"]
+        applied = {
+            "edit": schedule.target_edits_before(turns),
+            "warmup": schedule.warmup_edits_before(turns),
+        }
         now = self.state_dict() | {
+            "turns": turns,
             "applied": applied,
             "digests": {
                 "edit": RowDigest().of_first(self.target, applied["edit"]),

@@ -119,8 +119,6 @@ class EditTrainer(Trainer):
             train_dataloaders, datamodule = None, train_dataloaders
         checkpoint = self.run_directory.checkpoint(ckpt_path)
         self.run_directory.prepare(checkpoint, self.overwrite)
-        if not any(isinstance(callback, SaveConfigCallback) for callback in self.callbacks):
-            self._save_settings(model, datamodule)
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, checkpoint, weights_only=True)
 
     def validate(
@@ -218,6 +216,7 @@ class EditTrainer(Trainer):
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.run_directory.checkpoints)
         defaults: list[tuple[type, type[Callback], bool]] = [
+            (SettingsFile, SettingsFile, True),
             (EditLedger, EditLedger, True),
             (RunCurves, RunCurves, True),
             (StatisticsCheckpoint, StatisticsCheckpoint, True),
@@ -229,15 +228,22 @@ class EditTrainer(Trainer):
         own: list[Callback] = [c for c in missing if not isinstance(c, Checkpoint)]
         return [*own, *given, *(c for c in missing if isinstance(c, Checkpoint))]
 
-    def _save_settings(self, model: LightningModule, datamodule: LightningDataModule | None) -> None:
-        """``config.yaml`` of a run started from Python; the command line saves its own."""
+
+class SettingsFile(Callback):
+    """Writes ``config.yaml`` for a run started from Python; the command line saves its own."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write when the run starts or resumes; a run that fails before its first turn leaves no file behind."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if not trainer.is_global_zero or any(isinstance(callback, SaveConfigCallback) for callback in callbacks):
+            return
+        run = RunDirectory(trainer.default_root_dir)
         settings = {
-            "run_dir": str(self.run_directory.path),
-            "model": plain(dict(model.hparams)),
-            "data": plain(dict(getattr(datamodule, "hparams", {}))),
+            "run_dir": str(run.path),
+            "model": plain(dict(pl_module.hparams)),
+            "data": plain(dict(trainer.datamodule.hparams)),  # type: ignore[attr-defined]
         }
-        file: Path = self.run_directory.next_config()
-        file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        run.next_config().write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
 
 def _with_checkpoint_io(plugins: Any) -> list[Any]:

@@ -1,16 +1,17 @@
 """The callbacks on whole runs: what they write, measure, load and refuse."""
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from runs import assert_same_state, curves, fit, ledger, results, updates
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import LLAMA_SITE, edit_rows, write_stream
 
+from runs import assert_same_state, curves, fit, ledger, results, updates
 from stableedit_pl.callbacks import (
     DevicePlacement,
     EditEvaluation,
@@ -49,7 +50,7 @@ def test_warm_up_is_cut_and_refused(tmp_path: Path, llama_folder: str, stream_fi
         fit(tmp_path / "short", llama_folder, data, callbacks=[WarmUp()], trainer={"max_steps": 1})
     with pytest.raises(MisconfigurationException, match="two WarmUp callbacks"):
         fit(tmp_path / "two", llama_folder, data, callbacks=[WarmUp(), WarmUp()])
-    with pytest.raises(SettingError, match="WarmUp.turns must be at least 1, got 0"):
+    with pytest.raises(SettingError, match=r"WarmUp\.turns must be at least 1, got 0"):
         WarmUp(turns=0)
 
 
@@ -159,7 +160,7 @@ def test_stability_curves_equal_dense_recomputation(tmp_path: Path, llama_bf16_f
         editor = fit(tmp_path / f"to{turn}", llama_bf16_folder, {"path": stream_file}, trainer={"max_steps": turn})
         sums.append(updates(editor)[LLAMA_SITE])
         original = editor.sites[0].original.double()
-    deltas = [after - before for before, after in zip(sums, sums[1:], strict=False)]
+    deltas = [after - before for before, after in itertools.pairwise(sums)]
 
     def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
         return float((a * b).sum() / (a.norm() * b.norm()))
@@ -222,7 +223,7 @@ def test_checkpoints_are_pruned_and_last_is_the_newest(tmp_path: Path, llama_fol
     assert (folder / "last.ckpt").read_bytes() == (folder / "turn=5.ckpt").read_bytes()
     by_time = TurnCheckpoint(every_n_turns=None, every_n_minutes=1e-9, keep=9)
     fit(tmp_path / "timed", llama_folder, {"path": stream_file}, callbacks=[by_time])
-    assert len(list((tmp_path / "timed/checkpoints").glob("turn=*.ckpt"))) == 5
+    assert len(list((tmp_path / "timed/checkpoints").glob("turn=*.ckpt"))) == 6  # position 0, then each turn
 
 
 # ---- DevicePlacement

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import ledger, results, saved_state
 from tiny import LLAMA_SITE, edit_rows, write_stream
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from runs import ledger, results, saved_state
 from stableedit_pl.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -121,7 +121,8 @@ def test_files_laid_over_one_another_and_short_names(tmp_path: Path, base: list[
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text("model: {ridge: 3.0, step_size: 0.5}\ntrainer: {callbacks: [{class_path: StabilityMonitor}]}\n")
     second.write_text(
-        f"model: {{ridge: 4.0}}\ndata: {{warmup_path: {warmup_file}}}\ntrainer: {{callbacks+: [{{class_path: WarmUp}}]}}\n"
+        f"model: {{ridge: 4.0}}\ndata: {{warmup_path: {warmup_file}}}\n"
+        "trainer: {callbacks+: [{class_path: WarmUp}]}\n"
     )
     main(
         [

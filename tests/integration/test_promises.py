@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same_state, fit, ledger, results, saved_state, updates
 from tiny import LLAMA_SITE, edit_rows, relative_difference, write_stream
 
+from runs import assert_same_state, fit, ledger, results, saved_state, updates
 from stableedit_pl.callbacks import EditEvaluation, WarmUp
 from stableedit_pl.planning import BadTurn
 
@@ -169,7 +169,7 @@ def test_a_no_op_edit_is_applied_and_counted(tmp_path: Path, llama_folder: str) 
     prompt = next(word for word, answer in answers.items() if answer in WORDS)
     rows = [{"id": "same", "prompt": prompt, "target": answers[prompt]}, *edit_rows(7)]
     editor = fit(tmp_path / "run", llama_folder, {"path": write_stream(tmp_path / "s.jsonl", rows)})
-    assert [line["known_before"] for line in ledger(tmp_path / "run")][0] is True
+    assert next(line["known_before"] for line in ledger(tmp_path / "run")) is True
     assert results(tmp_path / "run")["known_before"] >= 1
     answer_tokens = sum(len(row["target"].split()) for row in rows)
     assert editor.state.statistics.keys[LLAMA_SITE].count == answer_tokens

@@ -164,6 +164,23 @@ def test_resuming_is_exact_in_every_precision(
     assert saved_state(tmp_path / "run")[f"model.{LLAMA_SITE}.weight"].dtype == torch.float32
 
 
+def test_a_run_killed_before_its_first_scheduled_checkpoint_resumes(
+    tmp_path: Path, config: Path, uninterrupted: Path
+) -> None:
+    run = tmp_path / "run"
+    settings = yaml.safe_load(config.read_text())
+    settings["trainer"]["callbacks"][-1]["init_args"]["every_n_turns"] = 100
+    config.write_text(yaml.safe_dump(settings))
+    arguments = ["fit", "--config", str(config), "--run_dir", str(run)]
+    assert stableedit(arguments, "capture", "SIGKILL").returncode == -signal.SIGKILL
+    assert [file.name for file in sorted((run / "checkpoints").iterdir())] == ["last.ckpt", "turn=0.ckpt"]
+    resumed = stableedit([*arguments, "--ckpt_path", "last"])
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_state(saved_state(run), saved_state(uninterrupted))
+    assert curves(run) == curves(uninterrupted)
+    assert (run / "edits.jsonl").read_text() == (uninterrupted / "edits.jsonl").read_text()
+
+
 def test_resuming_in_many_small_pieces_with_workers(tmp_path: Path, llama_folder: str, stream_file: str) -> None:
     """One turn a piece, tokenized by worker processes, ends where one pass does."""
     data = {"path": stream_file, "num_workers": 2}

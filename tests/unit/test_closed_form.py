@@ -1,0 +1,267 @@
+"""One step: capture, plan, commit; all of it or nothing."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import relative_difference
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from stableedit_pl import closed_form
+from stableedit_pl.capture import Captured
+from stableedit_pl.closed_form import ClosedFormEdit, EditorState, StepInput
+from stableedit_pl.planning import BadTurn, MethodSettings, plan_turn
+from stableedit_pl.sites import Site
+from stableedit_pl.statistics import LNStatistics, Rows
+
+SETTINGS = MethodSettings(step_size=0.01, ridge=2.0)
+
+
+class Bench:
+    """Two sites, an editor state, and an optimizer that is fed by hand."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        torch.manual_seed(0)
+        self.sites = [Site("a", nn.Linear(6, 4).to(dtype)), Site("b", Conv1D(3, 5).to(dtype))]
+        self.state = EditorState(LNStatistics.empty(self.sites, "site"))
+        self.next = self.turn(0)
+        self.optimizer = ClosedFormEdit(self.sites, self.state, lambda: self.next)
+
+    def turn(self, seed: int, update_weights: bool = True, correct: float = 0.0, scale: float = 1.0) -> StepInput:
+        generator = torch.Generator().manual_seed(seed)
+        rows = {
+            site.name: Rows(
+                torch.randn(3, site.d_in, generator=generator), torch.randn(3, site.d_out, generator=generator) * scale
+            )
+            for site in self.sites
+        }
+        return StepInput(Captured(rows, [1.0, 2.0, 3.0], [correct] * 3), SETTINGS, update_weights)
+
+    def step(self, given: StepInput | None = None) -> Any:
+        self.next = given or self.next
+        return self.optimizer.step(lambda: torch.tensor(1.5))
+
+    def snapshot(self) -> tuple[list[Tensor], dict[str, Tensor], int]:
+        statistics = {name: tensor.clone() for name, tensor in self.state.statistics.tensors().items()}
+        return [site.state.clone() for site in self.sites], statistics, self.state.committed_turns
+
+    def unchanged_since(self, snapshot: tuple[list[Tensor], dict[str, Tensor], int]) -> bool:
+        weights, statistics, turns = snapshot
+        now = self.snapshot()
+        return (
+            all(torch.equal(a, b) for a, b in zip(weights, now[0], strict=True))
+            and all(torch.equal(tensor, now[1][name]) for name, tensor in statistics.items())
+            and turns == now[2]
+        )
+
+
+def test_a_step_commits_weights_statistics_and_counter_together() -> None:
+    bench = Bench()
+    weights, _, _ = bench.snapshot()
+    plan = plan_turn(bench.next.captured.rows, bench.state.statistics, SETTINGS)
+    loss = bench.step()
+    assert loss.item() == 1.5
+    for site, before in zip(bench.sites, weights, strict=True):
+        assert torch.equal(site.weight, before + site.oriented(plan.updates[site.name].dense()))
+        assert not torch.equal(site.weight, before)
+    assert bench.state.committed_turns == 1 and not bench.state.committing
+    assert bench.state.statistics.gradients["a"].count == 3
+    assert bench.optimizer.last is not None
+    assert torch.equal(bench.optimizer.last.plan.updates["a"].right, plan.updates["a"].right)
+    assert bench.optimizer.last.seconds.keys() == {"plan", "commit"}
+    assert bench.optimizer.last.survived == {}
+
+
+def test_turns_add_up() -> None:
+    bench = Bench()
+    weights, _, _ = bench.snapshot()
+    total = torch.zeros(6, 4)
+    for seed in range(4):
+        bench.step(bench.turn(seed))
+        assert bench.optimizer.last is not None
+        total += bench.optimizer.last.plan.updates["a"].dense()
+    assert bench.state.committed_turns == 4 and bench.state.statistics.keys["b"].count == 12
+    assert relative_difference(bench.sites[0].weight - weights[0], total.T) < 1e-5
+
+
+def test_a_statistics_only_turn_is_a_turn_that_leaves_the_weights() -> None:
+    bench = Bench()
+    weights, _, _ = bench.snapshot()
+    bench.step(bench.turn(0, update_weights=False))
+    assert all(torch.equal(site.weight, before) for site, before in zip(bench.sites, weights, strict=True))
+    assert bench.state.committed_turns == 1 and bench.state.statistics.gradients["b"].count == 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("site", ["a", "b"])
+@pytest.mark.parametrize("part", ["keys", "gradients"])
+def test_a_bad_number_leaves_everything_as_it_was(value: float, site: str, part: str) -> None:
+    bench = Bench()
+    bench.step()
+    last, snapshot = bench.optimizer.last, bench.snapshot()
+    bad = bench.turn(1)
+    getattr(bad.captured.rows[site], part)[0, 0] = value
+    with pytest.raises(BadTurn, match=f"site {site}"):
+        bench.step(bad)
+    assert bench.unchanged_since(snapshot) and not bench.state.committing and bench.optimizer.last is last
+    bench.step(bench.turn(1))
+    other = Bench()
+    other.step()
+    other.step(other.turn(1))
+    assert other.unchanged_since(bench.snapshot())  # a turn taken again after a failure is the turn
+
+
+def test_a_zero_update_is_refused_unless_every_edit_is_known() -> None:
+    bench = Bench()
+    snapshot = bench.snapshot()
+    with pytest.raises(BadTurn, match="exactly zero"):
+        bench.step(bench.turn(0, scale=0.0))
+    assert bench.unchanged_since(snapshot)
+    half_known = bench.turn(0, scale=0.0)
+    half_known.captured.correct[:] = [1.0, 1.0, 0.5]
+    with pytest.raises(BadTurn, match="exactly zero"):
+        bench.step(half_known)
+    assert bench.unchanged_since(snapshot)
+    bench.step(bench.turn(0, scale=0.0, correct=1.0))
+    assert bench.state.committed_turns == 1
+
+
+@pytest.mark.parametrize("where", ["closure", "take_input", "plan", "dense"])
+def test_an_exception_before_the_commit_leaves_everything_as_it_was(where: str, monkeypatch: Any) -> None:
+    bench = Bench()
+    bench.step()
+    snapshot = bench.snapshot()
+
+    def fail(*_args: Any, **_kwargs: Any) -> Any:
+        raise MemoryError(where)
+
+    if where == "take_input":
+        bench.optimizer.take_input = fail
+    elif where == "plan":
+        monkeypatch.setattr(closed_form, "plan_turn", fail)
+    elif where == "dense":
+        monkeypatch.setattr("stableedit_pl.ridge.SiteUpdate.dense", fail)
+    with pytest.raises(MemoryError):
+        bench.optimizer.step(fail if where == "closure" else lambda: torch.tensor(1.0))
+    assert bench.unchanged_since(snapshot) and not bench.state.committing
+
+
+def test_committing_is_true_exactly_while_a_commit_writes(monkeypatch: Any) -> None:
+    bench = Bench()
+    seen: list[tuple[bool, int]] = []
+    add = Site.add
+    monkeypatch.setattr(
+        Site,
+        "add",
+        lambda self, d: (seen.append((bench.state.committing, bench.state.committed_turns)), add(self, d))[1],
+    )
+    during_closure = []
+    bench.optimizer.step(lambda: (during_closure.append(bench.state.committing), torch.tensor(1.0))[1])
+    assert seen == [(True, 0), (True, 0)] and during_closure == [False] and not bench.state.committing
+
+
+def test_a_failure_in_the_middle_of_a_commit_stays_marked(monkeypatch: Any) -> None:
+    """Half a turn is written: the flag must stay up, so that nothing saves this state."""
+    bench = Bench()
+    add = Site.add
+
+    def fail_at_b(self: Site, delta: Tensor) -> None:
+        if self.name == "b":
+            raise MemoryError
+        add(self, delta)
+
+    monkeypatch.setattr(Site, "add", fail_at_b)
+    with pytest.raises(MemoryError):
+        bench.step()
+    assert bench.state.committing and bench.state.committed_turns == 0
+
+
+def test_gradients_are_enabled_in_the_closure_and_only_there() -> None:
+    bench = Bench()
+    enabled = []
+    with torch.no_grad():
+        bench.optimizer.step(lambda: (enabled.append(torch.is_grad_enabled()), torch.tensor(1.0))[1])
+    assert enabled == [True]
+
+
+def test_a_step_without_a_closure_is_refused() -> None:
+    bench = Bench()
+    snapshot = bench.snapshot()
+    with pytest.raises(RuntimeError, match="needs the closure"):
+        bench.optimizer.step()
+    assert bench.unchanged_since(snapshot)
+
+
+def test_the_optimizer_holds_the_sites_weights_and_no_state() -> None:
+    bench = Bench()
+    (group,) = bench.optimizer.param_groups
+    assert [id(p) for p in group["params"]] == [id(site.module.weight) for site in bench.sites]
+    bench.step()
+    assert bench.optimizer.state_dict()["state"] == {}
+
+
+@pytest.mark.parametrize(("dtype", "master"), [(torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)])
+def test_survival_is_what_the_dtype_kept(dtype: torch.dtype, master: bool) -> None:
+    bench = Bench(dtype)
+    if master:
+        for site in bench.sites:
+            site.use_master("cpu")
+    before = [site.weight.clone() for site in bench.sites]
+    bench.optimizer.measure_survival = True
+    bench.step(bench.turn(0))
+    assert bench.optimizer.last is not None
+    survived = bench.optimizer.last.survived
+    assert survived.keys() == {"a", "b"}
+    for site, old in zip(bench.sites, before, strict=True):
+        wanted = site.oriented(bench.optimizer.last.plan.updates[site.name].dense()).double()
+        applied = site.weight.double() - old.double()
+        assert survived[site.name] == pytest.approx(((applied * wanted).sum() / wanted.square().sum()).item())
+    if dtype == torch.float32:
+        assert all(value == pytest.approx(1.0, abs=1e-4) for value in survived.values())
+
+
+def test_survival_shows_updates_that_vanish() -> None:
+    bench = Bench(torch.bfloat16)
+    with torch.no_grad():
+        for site in bench.sites:
+            site.module.weight.fill_(100.0)
+    bench.optimizer.measure_survival = True
+    bench.step(StepInput(bench.turn(0).captured, MethodSettings(step_size=1e-6), True))
+    assert bench.optimizer.last is not None and set(bench.optimizer.last.survived.values()) == {0.0}
+
+
+def test_survival_of_a_statistics_only_turn_is_empty() -> None:
+    bench = Bench()
+    bench.optimizer.measure_survival = True
+    bench.step(bench.turn(0, update_weights=False))
+    assert bench.optimizer.last is not None and bench.optimizer.last.survived == {}
+
+
+def test_a_weight_that_overflows_its_dtype_is_a_bad_turn() -> None:
+    bench = Bench(torch.float16)
+    with torch.no_grad():
+        bench.sites[0].module.weight.fill_(65504.0)
+    snapshot = bench.snapshot()
+    with pytest.raises(BadTurn):
+        bench.step(StepInput(bench.turn(0).captured, MethodSettings("none", step_size=1e4), True))
+    assert bench.unchanged_since(snapshot)
+
+
+def test_the_commit_allocates_nothing_after_its_first_write(monkeypatch: Any) -> None:
+    """_commit: 'Whatever needs memory or could fail happens before the first write; the writes are in place.'"""
+    bench = Bench(torch.bfloat16)
+    snapshot = bench.snapshot()
+    convert = Tensor.to
+
+    def out_of_memory(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if bench.state.committing and torch.bfloat16 in args and self.dtype == torch.float32 and self.shape == (5, 3):
+            raise MemoryError
+        return convert(self, *args, **kwargs)
+
+    monkeypatch.setattr(Tensor, "to", out_of_memory)
+    try:
+        bench.step()
+    except MemoryError:
+        monkeypatch.undo()
+        assert bench.unchanged_since(snapshot)

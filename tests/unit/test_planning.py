@@ -1,0 +1,171 @@
+"""A turn's plan against the oracle's, and what a plan refuses to hand on."""
+
+from dataclasses import dataclass
+
+import pytest
+import reference as ref
+import torch
+from tiny import relative_difference
+from torch import nn
+
+from stableedit_pl.planning import BadTurn, MethodSettings, TurnPlan, plan_turn
+from stableedit_pl.statistics import LNStatistics, Rows
+
+
+@dataclass
+class Shape:
+    name: str
+    d_in: int
+    d_out: int
+
+
+SITES = [Shape("a", 6, 4), Shape("b", 6, 4), Shape("c", 4, 5)]
+
+
+def turn(n: int, seed: int, scale: float = 1.0) -> dict[str, Rows]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        site.name: Rows(
+            torch.randn(n, site.d_in, generator=generator) + 0.5,
+            torch.randn(n, site.d_out, generator=generator) * scale,
+        )
+        for site in SITES
+    }
+
+
+def snapshot(statistics: LNStatistics) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in statistics.tensors().items()}
+
+
+@pytest.mark.parametrize("scope", ["site", "shape"])
+@pytest.mark.parametrize("normalization", ["whiten", "standardize", "none"])
+@pytest.mark.parametrize("prior", [1.0, 0.0])
+def test_several_turns_match_the_reference(scope: str, normalization: str, prior: float) -> None:
+    """One row, fewer rows than dimensions, more rows than dimensions; sites that share moments."""
+    settings = MethodSettings(normalization, 0.1, 2.0, prior)  # type: ignore[arg-type]
+    statistics = LNStatistics.empty(SITES, scope)  # type: ignore[arg-type]
+    modules: dict[str, nn.Module] = {site.name: nn.Linear(site.d_in, site.d_out) for site in SITES}
+    oracle = ref.scoped_statistics(modules, scope)  # type: ignore[arg-type]
+    for number, n in enumerate([1, 3, 8, 5]):
+        rows = turn(n, number, scale=1e-3)
+        plan = plan_turn(rows, statistics, settings)
+        for name, given in rows.items():
+            oracle[name].add(given.keys, given.gradients)
+        expected = ref.turn_updates(
+            modules,
+            {name: (given.keys.double(), given.gradients.double()) for name, given in rows.items()},
+            oracle,
+            normalization=normalization,  # type: ignore[arg-type]
+            step_size=0.1,
+            ridge=2.0,
+            prior_strength=prior,
+            eigenvalue_floor=0.0,
+        )
+        for name, delta in expected.items():
+            assert relative_difference(plan.updates[name].dense().T, delta) < 2e-4, (number, name)
+        statistics = plan.statistics
+
+
+def test_the_moments_include_the_turn_that_they_normalize() -> None:
+    rows, empty = turn(4, 0), LNStatistics.empty(SITES, "site")
+    plan = plan_turn(rows, empty, MethodSettings())
+    assert plan.statistics.gradients["a"].count == 4
+    assert plan.spectra.keys() == {"a", "b", "c"} and plan.spectra["c"].shape == (5,)
+
+
+def test_planning_writes_nothing() -> None:
+    rows, before = turn(4, 0), LNStatistics.empty(SITES, "site").updated(turn(9, 1))
+    kept, keys = snapshot(before), rows["a"].keys.clone()
+    plan_turn(rows, before, MethodSettings())
+    assert all(torch.equal(kept[name], tensor) for name, tensor in before.tensors().items())
+    assert torch.equal(rows["a"].keys, keys)
+
+
+def test_a_statistics_only_turn_feeds_the_moments_and_nothing_else() -> None:
+    rows = turn(4, 0)
+    plan = plan_turn(rows, LNStatistics.empty(SITES, "site"), MethodSettings(), update_weights=False)
+    full = plan_turn(rows, LNStatistics.empty(SITES, "site"), MethodSettings())
+    assert plan.updates == {} and plan.spectra == {}
+    assert all(torch.equal(t, full.statistics.tensors()[n]) for n, t in plan.statistics.tensors().items())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("part", ["keys", "gradients"])
+@pytest.mark.parametrize("update_weights", [True, False])
+def test_rows_that_are_not_finite_are_refused_naming_the_site(value: float, part: str, update_weights: bool) -> None:
+    rows = turn(4, 0)
+    getattr(rows["b"], part)[2, 1] = value
+    with pytest.raises(BadTurn, match="site b are not finite"):
+        plan_turn(rows, LNStatistics.empty(SITES, "site"), MethodSettings(), update_weights)
+
+
+def test_moments_that_overflow_are_refused() -> None:
+    rows = turn(4, 0, scale=1e30)
+    with pytest.raises(BadTurn, match="statistics would not be finite"):
+        plan_turn(rows, LNStatistics.empty(SITES, "site"), MethodSettings())
+
+
+def test_an_update_that_overflows_is_refused_with_a_way_out() -> None:
+    with pytest.raises(BadTurn, match=r"update of a, b, c is not finite; a smaller step_size or a larger ridge"):
+        plan_turn(turn(4, 0), LNStatistics.empty(SITES, "site"), MethodSettings(step_size=1e39))
+
+
+def zero_turn() -> dict[str, Rows]:
+    return {name: Rows(rows.keys, torch.zeros_like(rows.gradients)) for name, rows in turn(4, 0).items()}
+
+
+@pytest.mark.parametrize("normalization", ["whiten", "standardize", "none"])
+def test_a_zero_update_is_refused_unless_the_edits_are_satisfied(normalization: str) -> None:
+    settings = MethodSettings(normalization)  # type: ignore[arg-type]
+    with pytest.raises(BadTurn, match="exactly zero at every site"):
+        plan_turn(zero_turn(), LNStatistics.empty(SITES, "site"), settings)
+    plan = plan_turn(zero_turn(), LNStatistics.empty(SITES, "site"), settings, satisfied=True)
+    assert all(update.norm().item() == 0.0 for update in plan.updates.values())
+
+
+def test_one_site_without_an_update_is_no_error() -> None:
+    rows = turn(4, 0) | {"a": zero_turn()["a"]}
+    plan = plan_turn(rows, LNStatistics.empty(SITES, "site"), MethodSettings())
+    assert plan.updates["a"].norm().item() == 0.0 and plan.updates["b"].norm().item() > 0
+
+
+def test_bad_turns_are_arithmetic_errors_and_plans_cannot_be_changed() -> None:
+    assert issubclass(BadTurn, ArithmeticError)
+    plan = plan_turn(turn(4, 0), LNStatistics.empty(SITES, "site"), MethodSettings())
+    with pytest.raises(AttributeError):
+        plan.updates = {}  # type: ignore[misc]
+    assert isinstance(plan, TurnPlan)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("normalization", "whitening", "normalization must be one of whiten, standardize, none, got 'whitening'"),
+        ("step_size", 0.0, "step_size must be positive, got 0.0"),
+        ("step_size", -1e-6, "step_size must be positive, got -1e-06"),
+        ("step_size", float("nan"), "step_size must be positive, got nan"),
+        ("ridge", 0, "ridge must be positive, got 0"),
+        ("ridge", -1.0, "ridge must be positive, got -1.0"),
+        ("prior_strength", -0.5, "prior_strength must be zero or positive, got -0.5"),
+        ("eigenvalue_floor", -1e-9, "eigenvalue_floor must be zero or positive, got -1e-09"),
+        ("eigenvalue_floor", float("nan"), "eigenvalue_floor must be zero or positive, got nan"),
+    ],
+)
+def test_settings_out_of_range_are_refused(setting: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        MethodSettings(**{setting: value})  # type: ignore[arg-type]
+    assert str(raised.value) == message
+
+
+def test_the_defaults_are_the_designs() -> None:
+    assert MethodSettings() == MethodSettings("whiten", 1e-6, 10.0, 1.0, 0.0)
+    assert MethodSettings(prior_strength=0, eigenvalue_floor=0)
+
+
+def test_a_system_that_cannot_be_solved_is_a_bad_turn() -> None:
+    """Finite keys whose Gram matrix overflows float32: bad numbers of a turn like any other, or solved in float64."""
+    rows = {"a": Rows(torch.full((3, 6), 1e19), turn(3, 0)["a"].gradients)}
+    try:
+        plan_turn(rows, LNStatistics.empty(SITES[:1], "site"), MethodSettings("none"))
+    except BadTurn:
+        return
