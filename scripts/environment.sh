@@ -1,6 +1,6 @@
 # Sourced by the other scripts: makes a virtual environment with this project in it, and puts it first on PATH.
 #   source scripts/environment.sh [EXTRA]      EXTRA: dev, devices or nothing
-# STABLEEDIT_VENV names another place than .venv.
+# STABLEEDIT_VENV names another place than .venv; STABLEEDIT_NO_INSTALL=1 takes it as it is.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 STABLEEDIT_VENV="${STABLEEDIT_VENV:-$PWD/.venv}"
 
@@ -24,7 +24,7 @@ _installed_for() { # a mark is as new as the files that decide what is installed
     return 1
 }
 
-if ! _installed_for "${1:-}"; then
+if [ -z "${STABLEEDIT_NO_INSTALL:-}" ] && ! _installed_for "${1:-}"; then
     if [ ! -x "$STABLEEDIT_VENV/bin/python" ]; then
         python="$(_supported_python)"
         echo "Making a virtual environment in $STABLEEDIT_VENV with $python"

@@ -50,9 +50,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("checkout")
     for name in ("scripts", "configs", "pyproject.toml", "constraints.txt", "tests", "stableedit_pl", "callbacks"):
         (copy / name).symlink_to(ROOT / name)
-    (copy / ".venv").mkdir()
-    (copy / ".venv/bin").symlink_to(Path(sys.prefix) / "bin")
-    (copy / ".venv/.stableedit-dev").touch()
+    (copy / ".venv").symlink_to(sys.prefix)
     row = blocks("json")[0]
     (copy / "edits.jsonl").write_text(row, encoding="utf-8")
     own = (ROOT / "configs/own_data.yaml").read_text()
@@ -65,6 +63,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(checkout: Path, command: str) -> str:
     environment = {**os.environ, "PATH": f"{checkout / '.venv/bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment |= {"STABLEEDIT_NO_INSTALL": "1", "STABLEEDIT_VENV": sys.prefix}
     done = subprocess.run(
         ["bash", "-c", command], cwd=checkout, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
