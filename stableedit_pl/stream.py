@@ -1,59 +1,26 @@
 """``EditStream``: the ordered, epoch-free sequence of turns, as a Lightning data module."""
 
-import hashlib
-import json
 import random
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
 from stableedit_pl.compatibility import refuse_differences
 from stableedit_pl.demo import demo_path
 from stableedit_pl.encoding import Encoder, chunks
 from stableedit_pl.errors import SettingError
+from stableedit_pl.loaders import ScoredPieces, TurnLoader, as_is
 from stableedit_pl.loading import DEMO
 from stableedit_pl.readers import file_checksum, read_records
-from stableedit_pl.record_encoding import EncodedRecord, RecordEncoder, ScoredPiece
+from stableedit_pl.record_encoding import EncodedRecord, RecordEncoder
 from stableedit_pl.records import EditRecord
-from stableedit_pl.turns import Turn, TurnBuilder, TurnDataset, TurnSampler, TurnSchedule, WarmUpSettings
+from stableedit_pl.row_digest import RowDigest
+from stableedit_pl.turns import TurnBuilder, TurnDataset, TurnSampler, TurnSchedule, WarmUpSettings
 
 Dataset = Literal["edits", "zsre", "counterfact", "fever", "wikibigedit", "ultraeditbench"]
-
-
-class RowDigest:
-    """SHA-256 of the first rows of a stream, continued as more of them are applied."""
-
-    def __init__(self) -> None:
-        """Of no rows yet."""
-        self._rows = 0
-        self._digest = hashlib.sha256()
-
-    def of_first(self, records: Sequence[EditRecord], count: int) -> str:
-        """Hex digest of ids, prompts and targets of the first ``count`` records, or how many there are."""
-        if count > len(records):
-            return f"only {len(records)} rows"
-        if count < self._rows:
-            self._rows, self._digest = 0, hashlib.sha256()
-        for record in records[self._rows : count]:
-            self._digest.update(json.dumps([record.id, record.prompt, record.target]).encode())
-        self._rows = count
-        return self._digest.hexdigest()
-
-
-class TurnLoader(DataLoader[Turn]):
-    """Loads turns. The position is the trainer's ``global_step``; Lightning asks stateful loaders for theirs."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the position is."""
-        return {"position": "global_step"}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore: the sampler started at the committed turns already."""
 
 
 class EditStream(LightningDataModule):
@@ -199,7 +166,7 @@ class EditStream(LightningDataModule):
             TurnDataset(schedule, build),
             sampler=TurnSampler(len(schedule), start),
             batch_size=None,
-            collate_fn=_as_is,
+            collate_fn=as_is,
             num_workers=self.num_workers,
         )
 
@@ -279,7 +246,7 @@ class EditStream(LightningDataModule):
 
     def _scored_loader(self, rows: Any) -> Any:
         pieces = list(chunks(rows, self.evaluation_batch_size))
-        return DataLoader(_Pieces(self, pieces), batch_size=None, collate_fn=_as_is)
+        return DataLoader(ScoredPieces(self.scored, pieces), batch_size=None, collate_fn=as_is)
 
     def _record_encoder(self, path: Path) -> RecordEncoder:
         if self._encoder is None:
@@ -289,22 +256,3 @@ class EditStream(LightningDataModule):
     @staticmethod
     def _file(path: str, demo_name: str) -> Path:
         return demo_path(f"{demo_name}.jsonl") if path == DEMO else Path(path).expanduser()
-
-
-class _Pieces(TorchDataset[ScoredPiece]):
-    """Pieces of the target stream by index, encoded when asked."""
-
-    def __init__(self, stream: EditStream, pieces: list[list[int]]) -> None:
-        self.stream = stream
-        self.pieces = pieces
-
-    def __len__(self) -> int:
-        return len(self.pieces)
-
-    def __getitem__(self, index: int) -> ScoredPiece:
-        return ScoredPiece(self.stream.scored(self.pieces[index]))
-
-
-def _as_is(item: Any) -> Any:
-    """Keep what the dataset made; PyTorch's default would turn numbers and tuples into tensors."""
-    return item

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from edit_runs import assert_same_state, curves, fit, ledger, results, updates
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import LLAMA_SITE, edit_rows, write_stream
 
-from runs import assert_same_state, curves, fit, ledger, results, updates
 from stableedit_pl.callbacks import (
     DevicePlacement,
     EditEvaluation,

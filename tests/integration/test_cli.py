@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from edit_runs import ledger, results, saved_state
 from tiny import LLAMA_SITE, edit_rows, write_stream
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from runs import ledger, results, saved_state
 from stableedit_pl.cli import main
 
 ROOT = Path(__file__).parents[2]

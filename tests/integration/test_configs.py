@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import ledger
+from edit_runs import ledger
 from tiny import LLAMA_SITE, edit_rows, write_stream
 
 from stableedit_pl.cli import main

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from edit_runs import assert_same_state, fit, ledger, results, saved_state, updates
 from tiny import LLAMA_SITE, edit_rows, relative_difference, write_stream
 
-from runs import assert_same_state, fit, ledger, results, saved_state, updates
 from stableedit_pl.callbacks import EditEvaluation, WarmUp
 from stableedit_pl.planning import BadTurn
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import reference as ref
 import torch
-from runs import fit, updates
+from edit_runs import fit, updates
 from tiny import (
     GPT2_SITE,
     LLAMA_SITE,

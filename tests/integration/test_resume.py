@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from runs import assert_same_state, curves, fit, ledger, results, saved_state
+from edit_runs import assert_same_state, curves, fit, ledger, results, saved_state
 from tiny import LLAMA_SITE, edit_rows, write_stream
 
 from stableedit_pl.callbacks import EditEvaluation, StabilityMonitor, TurnCheckpoint, WarmUp

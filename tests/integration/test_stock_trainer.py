@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from edit_runs import assert_same_state, fit
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from runs import assert_same_state, fit
 from tiny import LLAMA_SITE
 
 from stableedit_pl import EditStream, LifelongEditor

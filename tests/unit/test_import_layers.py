@@ -19,10 +19,11 @@ LAYERS = [
     ["callbacks"],
     ["results"],
     ["editor", "stream"],
+    ["loaders"],
     ["editable_model", "report", "curves", "guards", "checkpoint_io"],
     ["closed_form", "scoring", "compatibility", "loading"],
     ["capture", "planning", "turns", "record_encoding"],
-    ["statistics", "normalization", "ridge", "sites", "encoding", "readers"],
+    ["statistics", "normalization", "ridge", "sites", "encoding", "readers", "row_digest"],
     ["moments", "records", "run_directory", "stop_signals", "plain", "demo", "errors"],
 ]
 """Top to bottom. A module imports from layers below its own; files in callbacks/ and readers/ also from each other."""
@@ -37,7 +38,7 @@ TRANSFORMERS = {"cli", "loading", "scoring", "sites"}
 TORCH = {
     *("callbacks", "export", "results", "editor", "stream", "checkpoint_io", "closed_form", "scoring"),
     *("compatibility", "loading", "capture", "planning", "turns", "statistics", "normalization", "ridge", "sites"),
-    *("encoding", "moments"),
+    *("encoding", "moments", "loaders"),
 }
 """Who may import what; everything else is for the standard library and this package alone."""
 

@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
+from data_files import EDIT, MEND, Write, message
 
-from stableedit_pl.readers import read_records
-from stableedit_pl.records import DataError
-
-Write = Callable[[Sequence[object]], Path]
-
-EDIT = {"prompt": "The capital of Zubrowka is", "target": "Lutz"}
-MEND = {
-    "src": "Who founded Ostrelia?",
-    "rephrase": "Ostrelia has which founder?",
-    "alt": "Ada",
-    "loc": "l",
-    "loc_ans": "m",
-}
 COUNTERFACT = {
     "case_id": 41,
     "requested_rewrite": {
@@ -49,28 +34,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "wikibigedit": WIKIBIGEDIT,
     "ultraeditbench": BENCH,
 }
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Write rows as JSONL to a file."""
-
-    def write_file(rows: Sequence[object]) -> Path:
-        path = tmp_path / "edits.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        return path
-
-    return write_file
-
-
-def message(dataset: str, path: Path, substance: Sequence[str]) -> DataError:
-    """Read a bad file; every part of the substance must be in what the user is told."""
-    with pytest.raises(DataError) as caught:
-        read_records(dataset, path)
-    text = str(caught.value)
-    assert text.startswith(str(path)), text
-    assert [part for part in substance if part not in text] == [], text
-    return caught.value
 
 
 @pytest.mark.parametrize(

@@ -4,52 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from data_files import EDIT, MEND, Write, message
 
 from stableedit_pl.readers import file_checksum, read_records
 from stableedit_pl.records import DataError
-
-Write = Callable[..., Path]
-
-EDIT = {"prompt": "The capital of Zubrowka is", "target": "Lutz"}
-MEND = {
-    "src": "Who founded Ostrelia?",
-    "rephrase": "Ostrelia has which founder?",
-    "alt": "Ada",
-    "loc": "l",
-    "loc_ans": "m",
-}
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Write rows as JSONL, or as a JSON array, or raw text or bytes, to a file of a given name."""
-
-    def write_file(content: Any, name: str = "edits.jsonl", array: bool = False) -> Path:
-        path = tmp_path / name
-        if isinstance(content, str | bytes):
-            path.write_bytes(content.encode() if isinstance(content, str) else content)
-        elif array:
-            path.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-        else:
-            path.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
-        return path
-
-    return write_file
-
-
-def message(dataset: str, path: Path, substance: Sequence[str]) -> DataError:
-    """Read a bad file; every part of the substance must be in what the user is told."""
-    with pytest.raises(DataError) as caught:
-        read_records(dataset, path)
-    text = str(caught.value)
-    assert text.startswith(str(path)), text
-    assert [part for part in substance if part not in text] == [], text
-    return caught.value
 
 
 @pytest.mark.parametrize(
