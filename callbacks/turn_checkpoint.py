@@ -48,6 +48,8 @@ class TurnCheckpoint(Checkpoint):
         """
         self._last_saved_at = time.monotonic()
         self.signals.install()
+        for leftover in RunDirectory(trainer.default_root_dir).checkpoints.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)  # a process killed while it wrote
         if trainer.global_step == 0:
             self._save(trainer)
 
@@ -87,15 +89,12 @@ class TurnCheckpoint(Checkpoint):
         trainer.save_checkpoint(file, weights_only=False)
         if trainer.is_global_zero:
             _point(run.last_checkpoint, file)
-            self._prune(run.checkpoints, newest=file)
+            self._prune(run, newest=file)
         self._last_saved_at = time.monotonic()
 
-    def _prune(self, folder: Path, newest: Path) -> None:
-        def turn_of(file: Path) -> int:
-            return int(file.stem.partition("=")[2])
-
-        files = sorted((f for f in folder.glob("turn=*.ckpt") if f != newest), key=turn_of)
-        for old in files[: max(0, len(files) - self.keep + 1)]:
+    def _prune(self, run: RunDirectory, newest: Path) -> None:
+        others = [file for file in run.turn_checkpoints() if file != newest]
+        for old in others[self.keep - 1 :]:
             old.unlink(missing_ok=True)
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 import stableedit_pl.callbacks  # noqa: F401  (their short names work once they are imported)
 from stableedit_pl import __version__
+from stableedit_pl.checkpoint_io import CheckpointError
 from stableedit_pl.compatibility import IncompatibleCheckpoint
 from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.errors import SettingError
@@ -35,6 +36,7 @@ _DESCRIPTION = "Lifelong editing of language models: run, resume, score and expo
 
 USER_ERRORS = (
     BadTurn,
+    CheckpointError,
     DataError,
     IncompatibleCheckpoint,
     LoadingError,
@@ -69,7 +71,11 @@ class EditCLI(LightningCLI):
         """Add the run directory, which everything that writes is linked to."""
         parser.add_argument("--run_dir", type=str, default="runs/default", help="Everything a run writes lies in here.")
         parser.add_argument("--overwrite", type=bool, default=False, help="Replace a run that is already in run_dir.")
+        parser.add_argument(
+            "--fork_from", type=str | None, default=None, help="Start with the weights and statistics of this run."
+        )
         parser.link_arguments("run_dir", "trainer.run_dir")
+        parser.link_arguments("fork_from", "trainer.fork_from")
         parser.link_arguments("overwrite", "trainer.overwrite")
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:

@@ -36,8 +36,21 @@ def refuse_differences(source: str, old: Mapping[str, Any], new: Mapping[str, An
     raise IncompatibleCheckpoint(
         f"{source} belongs to another run:\n"
         + "\n".join(line.rstrip() for line in lines)
-        + "\nGo on with the old settings, or start a new run in another run_dir without --ckpt_path."
+        + "\nGo on with the old settings; or start a new run in another --run_dir, without --ckpt_path: from the base "
+        "model, or from this run's weights and statistics with --fork_from RUN_DIR."
     )
+
+
+def stored_identity(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of the run it belongs to: ``fingerprint`` and ``committed_turns``.
+
+    Raises:
+        IncompatibleCheckpoint: if it says nothing, so that it is not one of ours.
+    """
+    identity = checkpoint.get("stableedit")
+    if identity is None:
+        raise IncompatibleCheckpoint("this checkpoint was not written by stableedit_pl: it says nothing of its run")
+    return dict(identity)
 
 
 def _where_they_differ(old: str, new: str, width: int = 60) -> tuple[str, str]:

@@ -7,6 +7,7 @@ and ``ClosedFormEdit.step`` plans and commits. ``trainer.global_step`` is the nu
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
 from stableedit_pl.capture import Captured, LossReduction, capture
+from stableedit_pl.checkpoint_io import read_checkpoint
 from stableedit_pl.closed_form import ClosedFormEdit, EditorState, StepInput
-from stableedit_pl.compatibility import base_model_digest, refuse_differences
+from stableedit_pl.compatibility import base_model_digest, refuse_differences, stored_identity
 from stableedit_pl.editable_model import EditableModel, SpecificityReference
 from stableedit_pl.errors import require_choice
 from stableedit_pl.guards import check_trainer
@@ -86,6 +88,8 @@ class LifelongEditor(EditableModel):
         self.loss_reduction: LossReduction = loss_reduction
         self.master_dtype = master_dtype
         self.editor_device: torch.device | None = None
+        self.start_from: Path | None = None
+        self.forked_from: str | None = None
         self.report: TurnReport | None = None
         self._captured: Captured | None = None
         self._turn: Turn | None = None
@@ -123,7 +127,18 @@ class LifelongEditor(EditableModel):
             check_trainer(self.trainer)
 
     def on_fit_start(self) -> None:
-        """Place the editor's state; the model is on its device by now."""
+        """Place the editor's state; the model is on its device by now. A fork takes over another run's first.
+
+        Raises:
+            IncompatibleCheckpoint: if that run has another base model, other sites or another statistics scope.
+        """
+        if self.start_from is not None:
+            source = read_checkpoint(self.start_from)
+            shared = ("base_model", "sites", "statistics_scope")
+            theirs, ours = stored_identity(source)["fingerprint"], self.fingerprint()
+            refuse_differences(str(self.start_from), {k: theirs[k] for k in shared}, {k: ours[k] for k in shared})
+            self.load_state_dict(source["state_dict"])
+            self.forked_from = f"{self.start_from} ({stored_identity(source)['committed_turns']} turns)"
         self.place_state()
 
     def on_train_start(self) -> None:
@@ -261,6 +276,7 @@ class LifelongEditor(EditableModel):
         checkpoint["stableedit"] = {
             "fingerprint": self.fingerprint(),
             "committed_turns": self.state.committed_turns,
+            "forked_from": self.forked_from,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -270,11 +286,10 @@ class LifelongEditor(EditableModel):
             IncompatibleCheckpoint: with a table of what differs.
         """
         self.configure_model()
-        ours = checkpoint.get("stableedit")
-        if ours is None:
-            raise ValueError("this checkpoint was not written by stableedit_pl: it has no record of committed turns")
-        refuse_differences("the checkpoint", ours["fingerprint"], self.fingerprint())
-        self.state.committed_turns = ours["committed_turns"]
+        stored = stored_identity(checkpoint)
+        refuse_differences("the checkpoint", stored["fingerprint"], self.fingerprint())
+        self.state.committed_turns = stored["committed_turns"]
+        self.forked_from = stored["forked_from"]
         # Lightning stores "that was the last batch"; a stream or horizon that grew since would end at once.
         loop = checkpoint.get("loops", {}).get("fit_loop", {})
         progress = loop.get("epoch_loop.batch_progress")

@@ -4,8 +4,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from stableedit_pl.checkpoint_io import read_checkpoint
 from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.results import read_results, results_table
 from stableedit_pl.run_directory import LAST, RunDirectory, RunDirectoryError
@@ -23,7 +22,7 @@ def load_run(run: str | Path, ckpt_path: str = LAST) -> LifelongEditor:
     """
     file = RunDirectory(run).checkpoint(ckpt_path)
     assert file is not None
-    checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(file)
     known = inspect.signature(LifelongEditor).parameters
     settings = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known}
     editor = LifelongEditor(**settings)

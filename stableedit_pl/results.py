@@ -58,6 +58,7 @@ def write_results(
         "settings": {
             "model": hparams,
             "data": data,
+            "forked_from": editor.forked_from,
             "warm_up": None if stream.warm_up is None else {k: getattr(stream.warm_up, k) for k in _WARM_UP},
             "checksums": {f"{name}_sha256": digest for name, digest in stream.checksums().items()},
             "prompt_template": '"<prompt>" and " <target>", tokens joined; special tokens with the prompt only',

@@ -1,8 +1,13 @@
 """The run directory: everything a run writes lies directly in here, under these names."""
 
+import logging
 import os
 import re
 from pathlib import Path
+
+from stableedit_pl.integrity import damage
+
+log = logging.getLogger(__name__)
 
 LAST = "last"
 """What ``--ckpt_path`` says to mean the newest checkpoint of the run directory."""
@@ -41,22 +46,47 @@ class RunDirectory:
             ckpt_path: None, ``last``, or a file.
 
         Raises:
-            RunDirectoryError: if there is no such checkpoint. Starting over silently would apply every edit
-                to the unedited model a second time.
+            RunDirectoryError: if there is no such checkpoint, or none that is whole. Starting over silently would
+                apply every edit to the unedited model a second time.
         """
         if ckpt_path is None:
             return None
         if ckpt_path == LAST:
-            if not self.last_checkpoint.is_file():
-                raise RunDirectoryError(
-                    f"--ckpt_path last: {self.path} has no checkpoints/last.ckpt, so there is nothing to resume. "
-                    "Check --run_dir, or start the run again with --overwrite true and without --ckpt_path."
-                )
-            return self.last_checkpoint
+            return self._newest_whole()
         file = Path(ckpt_path).expanduser()
         if not file.is_file():
             raise RunDirectoryError(f"--ckpt_path {ckpt_path}: there is no such file")
+        problem = damage(file)
+        if problem is not None:
+            raise RunDirectoryError(
+                f"--ckpt_path {ckpt_path} is damaged: {problem}. --ckpt_path last finds one that is not."
+            )
         return file
+
+    def turn_checkpoints(self) -> list[Path]:
+        """The files ``turn=<n>.ckpt``, newest first."""
+        numbered = [file for file in self.checkpoints.glob("turn=*.ckpt") if file.stem[len("turn=") :].isdigit()]
+        return sorted(numbered, key=lambda file: int(file.stem[len("turn=") :]), reverse=True)
+
+    def _newest_whole(self) -> Path:
+        """``last.ckpt``, or the newest checkpoint before it that is not damaged."""
+        candidates = [file for file in (self.last_checkpoint, *self.turn_checkpoints()) if file.is_file()]
+        if not candidates:
+            raise RunDirectoryError(
+                f"--ckpt_path last: {self.path} has no checkpoint, so there is nothing to resume. "
+                "Check --run_dir, or start the run again with --overwrite true and without --ckpt_path."
+            )
+        for file in candidates:
+            problem = damage(file)
+            if problem is None:
+                return file
+            log.warning("%s is damaged: %s. Trying the one before it.", file, problem)
+        raise RunDirectoryError(
+            f"--ckpt_path last: every checkpoint in {self.checkpoints} is damaged ("
+            + ", ".join(file.name for file in candidates)
+            + "), and a run is not started over by itself. Put back a copy of one of them, or start the run again "
+            "with --overwrite true and without --ckpt_path."
+        )
 
     def prepare(self, resuming_from: Path | None, overwrite: bool) -> None:
         """Make the directory ready for ``fit``.

@@ -20,8 +20,9 @@ from stableedit_pl.callbacks import (
     TurnProgress,
 )
 from stableedit_pl.checkpoint_io import AtomicCheckpointIO
+from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.plain import plain
-from stableedit_pl.run_directory import RunDirectory
+from stableedit_pl.run_directory import LAST, RunDirectory, RunDirectoryError
 from stableedit_pl.scoring import KINDS
 
 
@@ -34,6 +35,8 @@ class EditTrainer(Trainer):
     Args:
         run_dir: directory of the run.
         overwrite: replace a run that is already in ``run_dir``.
+        fork_from: run directory, or checkpoint, whose weights and statistics a new run starts with; its position,
+            ledger and scores stay behind. Ignored when a run is resumed.
         max_epochs: 1; a stream is passed once.
         logger: a logger or several; true or null for TensorBoard in ``run_dir``, false for none.
         callbacks: added to the defaults; one of a default's class replaces it.
@@ -56,6 +59,7 @@ class EditTrainer(Trainer):
         *,
         run_dir: str = "runs/default",
         overwrite: bool = False,
+        fork_from: str | None = None,
         max_epochs: int | None = 1,
         logger: Logger | list[Logger] | bool | None = None,
         callbacks: list[Callback] | Callback | None = None,
@@ -73,6 +77,7 @@ class EditTrainer(Trainer):
         """See the class."""
         self.run_directory = RunDirectory(run_dir)
         self.overwrite = overwrite
+        self.fork_from = fork_from
         if logger is None or logger is True:
             logger = TensorBoardLogger(str(self.run_directory.path), name="", version="", default_hp_metric=False)
         given = callbacks if isinstance(callbacks, list) else [] if callbacks is None else [callbacks]
@@ -118,6 +123,9 @@ class EditTrainer(Trainer):
         if isinstance(train_dataloaders, LightningDataModule):
             train_dataloaders, datamodule = None, train_dataloaders
         checkpoint = self.run_directory.checkpoint(ckpt_path)
+        if isinstance(model, LifelongEditor):
+            fork = self.fork_from if checkpoint is None else None
+            model.start_from = None if fork is None else self._fork_source(Path(fork).expanduser())
         self.run_directory.prepare(checkpoint, self.overwrite)
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, checkpoint, weights_only=True)
 
@@ -197,6 +205,15 @@ class EditTrainer(Trainer):
         checkpoint = self.run_directory.checkpoint(ckpt_path)
         with self._without_loggers():
             return super().predict(model, dataloaders, datamodule, return_predictions, checkpoint, weights_only=True)
+
+    def _fork_source(self, source: Path) -> Path:
+        """The checkpoint file that ``fork_from`` means; a directory stands for its newest whole one."""
+        run = RunDirectory(source) if source.is_dir() else self.run_directory
+        if run.path.resolve() == self.run_directory.path.resolve() and source.is_dir():
+            raise RunDirectoryError(f"--fork_from {source} is --run_dir itself: a fork needs a run_dir of its own")
+        file = run.checkpoint(LAST if source.is_dir() else source)
+        assert file is not None
+        return file
 
     def _scores(self) -> list[Mapping[str, float]]:
         return [{kind: float(self.callback_metrics[kind]) for kind in KINDS if kind in self.callback_metrics}]

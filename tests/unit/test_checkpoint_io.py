@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stableedit_pl import checkpoint_io
-from stableedit_pl.checkpoint_io import AtomicCheckpointIO
+from stableedit_pl.checkpoint_io import AtomicCheckpointIO, CheckpointError
 
 IO = AtomicCheckpointIO()
 
@@ -72,7 +72,7 @@ def test_half_a_save_leaves_the_old_checkpoint_and_is_in_nobodys_way(tmp_path: P
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", half)
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(CheckpointError, match="no space left"):
             IO.save_checkpoint(state(2.0), file)
     assert IO.load_checkpoint(file)["turns"] == 1
     assert list(tmp_path.glob("*.ckpt")) == [file]  # what is left behind is no candidate for resuming
@@ -108,7 +108,7 @@ def test_a_file_that_asks_for_code_is_refused_and_nothing_is_executed(
 ) -> None:
     file, marker = tmp_path / "bad.ckpt", tmp_path / "executed"
     torch.save({"state_dict": {}, "callbacks": Malicious(marker)}, file)
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(CheckpointError, match="nothing in it was executed"):
         IO.load_checkpoint(file, weights_only=weights_only)
     assert not marker.exists()
     torch.load(file, weights_only=False)["callbacks"].close()
@@ -127,7 +127,7 @@ def test_a_truncated_file_is_an_error_not_a_checkpoint(tmp_path: Path) -> None:
     file = tmp_path / "last.ckpt"
     IO.save_checkpoint(state(1.0), file)
     file.write_bytes(file.read_bytes()[:-200])
-    with pytest.raises(RuntimeError):
+    with pytest.raises(CheckpointError, match="is damaged"):
         IO.load_checkpoint(file)
 
 

@@ -25,6 +25,7 @@ LAYERS = [
     ["capture", "planning", "turns", "record_encoding"],
     ["statistics", "normalization", "ridge", "sites", "encoding", "readers", "row_digest"],
     ["moments", "records", "run_directory", "stop_signals", "plain", "demo", "errors"],
+    ["integrity"],
 ]
 """Top to bottom. A module imports from layers below its own; files in callbacks/ and readers/ also from each other."""
 

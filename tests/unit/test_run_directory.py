@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,9 @@ def started(path: Path) -> RunDirectory:
     run.checkpoints.mkdir(parents=True)
     for file in (run.config, run.last_checkpoint, run.statistics, run.ledger, run.results, run.predictions):
         file.write_text("old")
-    (run.checkpoints / "turn=5.ckpt").write_text("old")
+    for file in (run.last_checkpoint, run.checkpoints / "turn=5.ckpt"):
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("data", "old")
     (path / "config-2.yaml").write_text("old")
     (path / "events.out.tfevents.1.host").write_text("old")
     return run
@@ -169,7 +172,8 @@ def test_last_is_the_runs_own_last_checkpoint(tmp_path: Path) -> None:
 
 def test_last_without_a_checkpoint_is_refused_rather_than_starting_over(tmp_path: Path) -> None:
     run = started(tmp_path)
-    run.last_checkpoint.unlink()
+    for file in run.checkpoints.iterdir():
+        file.unlink()
     with pytest.raises(RunDirectoryError) as raised:
         run.checkpoint("last")
     message = str(raised.value)
@@ -199,9 +203,9 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path, missing: str) -> None:
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_resuming_keeps_everything(tmp_path: Path, overwrite: bool) -> None:
     run = started(tmp_path)
-    before = {file: file.read_text() for file in tmp_path.rglob("*") if file.is_file()}
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     run.prepare(run.last_checkpoint, overwrite)
-    assert {file: file.read_text() for file in tmp_path.rglob("*") if file.is_file()} == before
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
 def test_resuming_elsewhere_is_refused_naming_both_places(tmp_path: Path) -> None:
