@@ -119,8 +119,8 @@ class EditEvaluation(Callback):
 
     def _score_sample(self, trainer: Trainer, editor: LifelongEditor, stream: EditStream) -> None:
         started = time.perf_counter()
-        applied = stream.schedule.target_edits_before(trainer.global_step)
-        past = [(record, base) for row, record, base in self._sample if row < applied]
+        applied = stream.applied_rows(trainer.global_step, editor.state.rejected_turns)
+        past = [(record, base) for row, record, base in self._sample if row in applied]
         if past:
             records, base = [record for record, _ in past], [base for _, base in past]
             scores = _mean_scores(editor, records, base)
@@ -137,8 +137,8 @@ class EditEvaluation(Callback):
         """Score all applied edits, with the base weights and with the edited ones, and write the results."""
         editor, stream = _parts(trainer, pl_module)
         started = time.perf_counter()
-        applied = stream.schedule.target_edits_before(trainer.global_step)
-        rows = list(range(applied)) if self.final else [row for row, _, _ in self._sample if row < applied]
+        applied = stream.applied_rows(trainer.global_step, editor.state.rejected_turns)
+        rows = list(applied) if self.final else [row for row, _, _ in self._sample if row in applied]
         rules: list[ScoringRule] = [editor.scoring, *(rule for rule in self.also_score if rule != editor.scoring)]
         rank_zero_info(f"Scoring {len(rows)} applied edits with the original and with the final weights ...")
         by_rule = {rule: score_base_and_retained(editor, stream, rows, rule) for rule in rules}
@@ -151,9 +151,13 @@ class EditEvaluation(Callback):
             editor,
             stream,
             {
-                "edits": applied,
+                "edits": len(applied),
                 "turns": trainer.global_step,
-                "warmup_turns": trainer.global_step - -(-applied // stream.turn_size),
+                "warmup_turns": stream.schedule.warmup_turns_before(trainer.global_step),
+                "rejected": {
+                    "turns": len(editor.state.rejected_turns),
+                    "edits": stream.schedule.target_edits_before(trainer.global_step) - len(applied),
+                },
                 "known_before": self._state["known_before"],
                 "base": base,
                 "at_edit": {"efficacy": at_edit},
@@ -169,8 +173,8 @@ class EditEvaluation(Callback):
                 "base": "the same prompts as retained, with the original weights; by base_output, its specificity is "
                 "agreement with itself",
                 "at_edit": "each edit right after its own turn, mean over all target edits",
-                "retained": "final weights, on "
-                + (f"all {applied} applied target edits" if self.final else f"a fixed sample of {len(rows)} of them"),
+                "retained": f"final weights, on {'all' if self.final else 'a fixed sample of'} {len(rows)} applied "
+                "target edits",
             },
         )
 

@@ -1,63 +1,71 @@
-"""``edits.jsonl``: one line per applied edit, in order."""
+"""``edits.jsonl``: one line per applied edit, in order; ``rejected.jsonl``: those of turns that were rejected."""
 
-import json
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from stableedit_pl.editor import LifelongEditor
+from stableedit_pl.ledger import Ledger, Position
 from stableedit_pl.report import TurnReport
-from stableedit_pl.run_directory import RunDirectory, flush_to_disk
+from stableedit_pl.run_directory import RunDirectory
 
 
 class EditLedger(Callback):
     """Writes each committed turn's edits to ``edits.jsonl`` in the run directory.
 
     A line has ``id``, ``turn`` (0-based), ``phase``, ``loss_before`` and ``loss_after`` (cross entropy in nats, summed
-    over the answer tokens), ``known_before`` (the model already gave the target: the edit is a no-op) and
-    ``at_edit`` (score right after the turn; null where the weights were left alone).
+    over the answer tokens), ``known_before`` (the model already gave the target: the edit is a no-op), ``at_edit``
+    (score right after the turn; null where the weights were left alone) and ``hash`` (running, see
+    ``stableedit_pl.ledger``). Edits of a rejected turn go to ``rejected.jsonl`` instead, with the ``reason``.
 
     A resumed run first drops the lines of turns that its checkpoint does not have; they are applied again.
     """
 
     def __init__(self) -> None:
         """No settings."""
-        self._file: IO[str] | None = None
+        self._positions = {"edits": Position(), "rejected": Position()}
+        self._ledgers: dict[str, Ledger] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far both files go."""
+        return {name: ledger.state() for name, ledger in self._ledgers.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over how far both files went."""
+        self._positions = {name: Position(**state) for name, state in state_dict.items()}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the ledger at the committed turn.
+        """Open the files at the committed turn.
 
         Raises:
-            RuntimeError: if it has no line for a turn that the checkpoint has.
+            LedgerError: if they are not those that the checkpoint knows.
         """
-        if not trainer.is_global_zero:
-            return
-        path = RunDirectory(trainer.default_root_dir).ledger
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _cut(path, trainer.global_step)
-        self._file = path.open("a", encoding="utf-8")
+        if trainer.is_global_zero:
+            run = RunDirectory(trainer.default_root_dir)
+            files = {"edits": run.ledger, "rejected": run.rejected}
+            self._ledgers = {name: Ledger(path, self._positions[name]) for name, path in files.items()}
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: LifelongEditor, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write the turn's lines."""
-        if self._file is not None and pl_module.report is not None:
-            self._file.writelines(
-                json.dumps(line, ensure_ascii=False) + "\n" for line in ledger_lines(pl_module.report)
-            )
-            self._file.flush()
+        report = pl_module.report
+        if self._ledgers and report is not None:
+            if report.rejected is None:
+                self._ledgers["edits"].append(ledger_lines(report))
+            else:
+                self._ledgers["rejected"].append(rejected_lines(report))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """A checkpoint never knows of a turn whose lines are not on disk."""
-        if self._file is not None:
-            flush_to_disk(self._file.fileno())
+        for ledger in self._ledgers.values():
+            ledger.sync()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Close the files."""
+        for ledger in self._ledgers.values():
+            ledger.close()
+        self._ledgers = {}
 
 
 def ledger_lines(report: TurnReport) -> list[dict[str, Any]]:
@@ -76,29 +84,9 @@ def ledger_lines(report: TurnReport) -> list[dict[str, Any]]:
     ]
 
 
-def _cut(path: Path, committed_turns: int) -> None:
-    """Keep the lines of the first ``committed_turns`` turns.
-
-    A line that does not parse can only be the last, half written when the process was killed.
-    """
-    if committed_turns == 0:
-        path.write_text("", encoding="utf-8")
-        return
-    end, last_turn = 0, -1
-    if path.exists():
-        for line in path.read_bytes().splitlines(keepends=True):
-            try:
-                turn = json.loads(line)["turn"]
-            except ValueError:
-                break
-            if turn >= committed_turns:
-                break
-            end, last_turn = end + len(line), turn
-    if last_turn != committed_turns - 1:
-        state = f"ends at turn {last_turn}" if path.exists() else "is missing"
-        raise RuntimeError(
-            f"{path} {state}, but the checkpoint has {committed_turns} committed turns (the last is turn "
-            f"{committed_turns - 1}): put back the run's own edits.jsonl, or start a new run"
-        )
-    with path.open("r+b") as writable:
-        writable.truncate(end)
+def rejected_lines(report: TurnReport) -> list[dict[str, Any]]:
+    """A rejected turn's lines, in the order of its edits."""
+    return [
+        {"id": edit.record.id, "turn": report.turn.index, "phase": report.turn.phase, "reason": report.rejected}
+        for edit in report.turn.edits
+    ]

@@ -46,6 +46,7 @@ class RunCurves(Callback):
                 f"{phase}loss_after": sum(report.losses_after) / edits,
             },
         )
+        log_curves(trainer, "editing", {"rejected_turns": float(len(pl_module.state.rejected_turns))})
         seconds = {f"seconds_{part}": value for part, value in report.seconds.items()}
         log_curves(trainer, "cost", {**seconds, "edits_per_second": edits / max(report.edit_seconds, 1e-9)})
 

@@ -65,6 +65,8 @@ class TurnProgress(TQDMProgressBar):
             report = pl_module.report
             if report.turn.phase == "warmup":
                 shown["phase"] = "warmup"
+            if pl_module.state.rejected_turns:
+                shown["rejected"] = len(pl_module.state.rejected_turns)
             if report.at_edit_efficacy is not None:
                 shown["efficacy"] = f"{report.at_edit_efficacy:.2f}"
         return shown

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from stableedit_pl.compatibility import IncompatibleCheckpoint
 from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.errors import SettingError
 from stableedit_pl.export import export_run
+from stableedit_pl.ledger import LedgerError
 from stableedit_pl.loading import LoadingError
 from stableedit_pl.planning import BadTurn
 from stableedit_pl.records import DataError
@@ -31,6 +32,7 @@ from stableedit_pl.sites import SiteError
 from stableedit_pl.stop_signals import StopRequested
 from stableedit_pl.stream import EditStream
 from stableedit_pl.trainer import EditTrainer
+from stableedit_pl.verify import Verdict, verify_run
 
 _DESCRIPTION = "Lifelong editing of language models: run, resume, score and export streams of edits."
 
@@ -39,6 +41,7 @@ USER_ERRORS = (
     CheckpointError,
     DataError,
     IncompatibleCheckpoint,
+    LedgerError,
     LoadingError,
     MisconfigurationException,
     RunDirectoryError,
@@ -46,6 +49,12 @@ USER_ERRORS = (
     SiteError,
 )
 """Errors whose message says all there is to say; anything else keeps its traceback."""
+
+PLAIN_VERBS: dict[str, tuple[Callable[..., Any], str]] = {
+    "export": (export_run, "Write a run's edited model as an ordinary Hugging Face folder."),
+    "verify": (verify_run, "Check that a run directory is whole and belongs together."),
+}
+"""Verbs that take their function's arguments, and neither model, data nor trainer."""
 
 
 class SaveSettings(SaveConfigCallback):
@@ -62,7 +71,7 @@ class SaveSettings(SaveConfigCallback):
 
 
 class EditCLI(LightningCLI):
-    """``fit``, ``validate``, ``test`` and ``predict`` on edit streams, and ``export``."""
+    """``fit``, ``validate``, ``test`` and ``predict`` on edit streams, ``export`` and ``verify``."""
 
     trainer: EditTrainer
     model: LifelongEditor
@@ -80,34 +89,38 @@ class EditCLI(LightningCLI):
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
-        export = LightningArgumentParser(description="Write a run's edited model as an ordinary Hugging Face folder.")
-        export.add_function_arguments(export_run)
-        self._subcommand_parsers["export"] = export
         assert parser._subcommands_action is not None
-        parser._subcommands_action.add_subcommand(
-            "export", export, help="Write a run's edited model as an ordinary Hugging Face folder."
-        )
+        for verb, (function, description) in PLAIN_VERBS.items():
+            plain = LightningArgumentParser(description=description)
+            plain.add_function_arguments(function)
+            self._subcommand_parsers[verb] = plain
+            parser._subcommands_action.add_subcommand(verb, plain, help=description)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would let a checkpoint's settings silently overrule the command line."""
 
     def instantiate_classes(self) -> None:
-        """Build model, data and trainer; ``export`` needs none of them."""
-        if self.subcommand != "export":
+        """Build model, data and trainer; a plain verb needs none of them."""
+        if self.subcommand not in PLAIN_VERBS:
             super().instantiate_classes()
 
     def _set_seed(self) -> None:
-        if self.config.get("subcommand") != "export":
+        if self.config.get("subcommand") not in PLAIN_VERBS:
             super()._set_seed()
 
     def _run_subcommand(self, subcommand: str) -> None:
-        if subcommand == "export":
-            settings = self.config["export"].as_dict()
-            settings.pop("config", None)
-            folder = export_run(**settings)
-            _say(f"Wrote {folder}: load it with AutoModelForCausalLM.from_pretrained({str(folder)!r}).")
+        if subcommand not in PLAIN_VERBS:
+            super()._run_subcommand(subcommand)
             return
-        super()._run_subcommand(subcommand)
+        settings = self.config[subcommand].as_dict()
+        settings.pop("config", None)
+        done = PLAIN_VERBS[subcommand][0](**settings)
+        if isinstance(done, Verdict):
+            _say(done.text())
+            if done.problems:
+                raise SystemExit(1)
+        else:
+            _say(f"Wrote {done}: load it with AutoModelForCausalLM.from_pretrained({str(done)!r}).")
 
     def after_fit(self) -> None:
         """Show the final scores and where to look at the run."""

@@ -4,10 +4,13 @@ Being a ``torch.optim.Optimizer`` is what makes Lightning's automatic optimizati
 ``global_step`` is the number of committed turns everywhere, and checkpoints and horizons in turns follow.
 """
 
+import logging
+import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +21,8 @@ from stableedit_pl.planning import BadTurn, MethodSettings, TurnPlan, plan_turn
 from stableedit_pl.sites import Site
 from stableedit_pl.statistics import LNStatistics
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class EditorState:
@@ -27,11 +32,24 @@ class EditorState:
         statistics: the LN statistics after the last committed turn.
         committed_turns: how many turns have been committed.
         committing: True only while a commit writes; a state in which nothing may be saved.
+        rejected_turns: indices of turns whose numbers were bad, so that nothing of them was applied.
+        update_norms: norm of each of the last ``NORMS_KEPT`` updates, all sites together.
     """
 
     statistics: LNStatistics
     committed_turns: int = 0
     committing: bool = False
+    rejected_turns: list[int] = field(default_factory=list)
+    update_norms: list[float] = field(default_factory=list)
+
+
+NORMS_KEPT = 1000
+"""Updates over which the running median of norms is taken."""
+
+NORMS_NEEDED = 5
+"""Updates before the running median means anything."""
+
+BadTurns = Literal["raise", "skip"]
 
 
 @dataclass(frozen=True)
@@ -58,11 +76,13 @@ class StepResult:
         survived: site name to ``<applied, intended> / ||intended||^2``: the fraction of the intended update that
             the weight's dtype kept. Empty unless asked for.
         seconds: duration of ``plan`` and ``commit``.
+        rejected: why the turn was rejected; None for an applied one.
     """
 
     plan: TurnPlan
     survived: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    rejected: str | None = None
 
 
 class ClosedFormEdit(Optimizer):
@@ -72,14 +92,26 @@ class ClosedFormEdit(Optimizer):
         sites: the edited weights.
         state: statistics and turn counter, shared with the editor that saves them.
         take_input: returns what the closure left for this step.
+        bad_turns: ``raise`` on a turn whose numbers are bad, or ``skip`` it: it counts as committed, nothing of it is
+            applied.
+        max_update_norm: a turn is bad when its update is larger than so many times the running median; None: never.
     """
 
-    def __init__(self, sites: Sequence[Site], state: EditorState, take_input: Callable[[], StepInput]) -> None:
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        state: EditorState,
+        take_input: Callable[[], StepInput],
+        bad_turns: BadTurns = "raise",
+        max_update_norm: float | None = None,
+    ) -> None:
         """See the class."""
         super().__init__([site.module.weight for site in sites], defaults={})
         self.sites = list(sites)
         self.editor_state = state
         self.take_input = take_input
+        self.bad_turns = bad_turns
+        self.max_update_norm = max_update_norm
         self.measure_survival = False
         self.last: StepResult | None = None
 
@@ -94,7 +126,7 @@ class ClosedFormEdit(Optimizer):
             What the closure returned.
 
         Raises:
-            BadTurn: if the turn's numbers are bad; weights, statistics and counter are then untouched.
+            BadTurn: if the turn's numbers are bad and ``bad_turns`` is ``raise``; nothing is changed then.
         """
         if closure is None:
             raise RuntimeError("ClosedFormEdit.step needs the closure that captures the turn")
@@ -102,6 +134,26 @@ class ClosedFormEdit(Optimizer):
             loss = closure()
         given = self.take_input()
         started = time.perf_counter()
+        rejected = None
+        try:
+            plan, norm = self._plan(given)
+            prepared = self._prepared(plan)
+        except BadTurn as error:
+            if self.bad_turns == "raise":
+                raise
+            rejected, norm = str(error), 0.0
+            plan, prepared = TurnPlan(self.editor_state.statistics, {}, {}), []
+            log.warning("Turn %d is rejected: %s", self.editor_state.committed_turns, rejected)
+        planned = time.perf_counter()
+        survived = self._commit(plan, prepared, norm, rejected)
+        seconds = {"plan": planned - started, "commit": time.perf_counter() - planned}
+        self.last = StepResult(plan, survived, seconds, rejected)
+        return loss
+
+    def _plan(self, given: StepInput) -> tuple[TurnPlan, float]:
+        """The plan, and the norm of its update over all sites."""
+        if not math.isfinite(given.captured.mean_loss):
+            raise BadTurn("the loss of the turn's edits is not finite")
         plan = plan_turn(
             given.captured.rows,
             self.editor_state.statistics,
@@ -109,31 +161,43 @@ class ClosedFormEdit(Optimizer):
             given.update_weights,
             satisfied=all(correct == 1.0 for correct in given.captured.correct),
         )
-        planned = time.perf_counter()
-        survived = self._commit(plan)
-        seconds = {"plan": planned - started, "commit": time.perf_counter() - planned}
-        self.last = StepResult(plan, survived, seconds)
-        return loss
+        norm = math.sqrt(sum(update.norm().item() ** 2 for update in plan.updates.values()))
+        past = self.editor_state.update_norms
+        if self.max_update_norm is not None and len(past) >= NORMS_NEEDED:
+            median = statistics.median(past)
+            if norm > self.max_update_norm * median:
+                raise BadTurn(
+                    f"the update's norm {norm:.4g} is more than max_update_norm={self.max_update_norm:g} times the "
+                    f"running median {median:.4g} of {len(past)} turns"
+                )
+        return plan, norm
 
-    def _commit(self, plan: TurnPlan) -> dict[str, float]:
-        """Write weights, statistics and counter.
-
-        Whatever needs memory or could fail happens before the first write; the writes are in place.
-        """
-        state = self.editor_state
+    def _prepared(self, plan: TurnPlan) -> list[tuple[Site, Tensor]]:
+        """Each edited site with its update, ready to be added; whatever needs memory or could fail happens here."""
         edited = [site for site in self.sites if site.name in plan.updates]
-        deltas = [site.prepared(plan.updates[site.name].dense()) for site in edited]
-        for site, delta in zip(edited, deltas, strict=True):
+        prepared = [(site, site.prepared(plan.updates[site.name].dense())) for site in edited]
+        for site, delta in prepared:
             if site.weight.dtype == torch.float16 and site.overflows(delta):
                 raise BadTurn(f"the update takes the weight of {site.name} out of float16's range; use bfloat16")
+        return prepared
+
+    def _commit(
+        self, plan: TurnPlan, prepared: Sequence[tuple[Site, Tensor]], norm: float, rejected: str | None
+    ) -> dict[str, float]:
+        """Write weights, statistics and counters, in place."""
+        state = self.editor_state
         watched = []
         if self.measure_survival:
-            intended = [site.oriented(plan.updates[site.name].dense()) for site in edited]
-            watched = [(site, site.weight.clone(), wanted) for site, wanted in zip(edited, intended, strict=True)]
+            for site, _ in prepared:
+                watched.append((site, site.weight.clone(), site.oriented(plan.updates[site.name].dense())))
         state.committing = True
-        for site, delta in zip(edited, deltas, strict=True):
+        for site, delta in prepared:
             site.add(delta)
         state.statistics = plan.statistics
+        if prepared:
+            state.update_norms = [*state.update_norms, norm][-NORMS_KEPT:]
+        if rejected is not None:
+            state.rejected_turns.append(state.committed_turns)
         state.committed_turns += 1
         state.committing = False
         return {site.name: _survival(before, site.weight, wanted) for site, before, wanted in watched}

@@ -16,10 +16,10 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from stableedit_pl.capture import Captured, LossReduction, capture
 from stableedit_pl.checkpoint_io import read_checkpoint
-from stableedit_pl.closed_form import ClosedFormEdit, EditorState, StepInput
+from stableedit_pl.closed_form import BadTurns, ClosedFormEdit, EditorState, StepInput
 from stableedit_pl.compatibility import base_model_digest, refuse_differences, stored_identity
 from stableedit_pl.editable_model import EditableModel, SpecificityReference
-from stableedit_pl.errors import require_choice
+from stableedit_pl.errors import SettingError, require_choice
 from stableedit_pl.guards import check_trainer
 from stableedit_pl.loading import ModelDtype
 from stableedit_pl.normalization import Normalization
@@ -50,6 +50,9 @@ class LifelongEditor(EditableModel):
         master_dtype: ``float32`` keeps a float32 copy of the sites of a bfloat16 or float16 model and rounds from
             there; ``model`` updates the weights in their own dtype.
         model_dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+        bad_turns: what happens to a turn whose loss, gradients, moments or update are not finite, or whose update is
+            exactly zero although edits are not satisfied: ``raise``, or ``skip`` it (its edits go to rejected.jsonl).
+        max_update_norm: treat an update alike whose norm is more than so many times the running median; null: never.
         scoring: rule of all scores: ``token_match``, ``exact_match`` or ``greedy_match``.
         specificity_reference: specificity is agreement with the unedited model's own output (``base_output``) or
             with the data's ``stated_answer``.
@@ -69,6 +72,8 @@ class LifelongEditor(EditableModel):
         loss_reduction: LossReduction = "token_sum",
         master_dtype: MasterDtype = "float32",
         model_dtype: ModelDtype = "auto",
+        bad_turns: BadTurns = "raise",
+        max_update_norm: float | None = None,
         scoring: ScoringRule = "token_match",
         specificity_reference: SpecificityReference = "base_output",
         scoring_batch_size: int = 128,
@@ -87,6 +92,11 @@ class LifelongEditor(EditableModel):
         self.statistics_scope: StatisticsScope = statistics_scope
         self.loss_reduction: LossReduction = loss_reduction
         self.master_dtype = master_dtype
+        require_choice("bad_turns", bad_turns, BadTurns)
+        if max_update_norm is not None and not max_update_norm > 0:
+            raise SettingError(f"max_update_norm must be positive or null, got {max_update_norm}")
+        self.bad_turns: BadTurns = bad_turns
+        self.max_update_norm = max_update_norm
         self.editor_device: torch.device | None = None
         self.start_from: Path | None = None
         self.forked_from: str | None = None
@@ -155,7 +165,7 @@ class LifelongEditor(EditableModel):
 
     def configure_optimizers(self) -> ClosedFormEdit:
         """The optimizer whose step is one turn."""
-        return ClosedFormEdit(self.sites, self.state, self._take_input)
+        return ClosedFormEdit(self.sites, self.state, self._take_input, self.bad_turns, self.max_update_norm)
 
     def training_step(self, turn: Turn, batch_idx: int) -> Tensor:
         """Capture the turn's keys and value gradients.
@@ -185,7 +195,9 @@ class LifelongEditor(EditableModel):
         step: ClosedFormEdit = getattr(optimizer, "optimizer", optimizer)
         assert self._turn is not None and self._captured is not None and step.last is not None
         started = time.perf_counter()
-        losses_after, scores = self._at_edit(self._turn, self._captured)
+        losses_after, scores = self._captured.losses, None
+        if step.last.plan.updates:
+            losses_after, scores = self._at_edit(self._turn)
         seconds = {"capture": self._capture_seconds, **step.last.seconds, "score": time.perf_counter() - started}
         self.report = TurnReport(
             turn=self._turn,
@@ -204,10 +216,8 @@ class LifelongEditor(EditableModel):
         settings = self.settings if override is None else replace(self.settings, normalization=override)
         return StepInput(self._captured, settings, self._turn.update_weights)
 
-    def _at_edit(self, turn: Turn, captured: Captured) -> tuple[list[float], list[float] | None]:
+    def _at_edit(self, turn: Turn) -> tuple[list[float], list[float]]:
         """Losses and scores of the turn's own edits right after it."""
-        if not turn.update_weights:
-            return captured.losses, None
         scorer = self.scorer()
         encodings = [edit.encoding for edit in turn.edits]
         with self.forward_context():
@@ -231,6 +241,8 @@ class LifelongEditor(EditableModel):
             "loss_reduction": self.loss_reduction,
             "master_dtype": self.master_dtype,
             "model_dtype": self.model_dtype,
+            "bad_turns": self.bad_turns,
+            "max_update_norm": self.max_update_norm,
         }
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -277,6 +289,8 @@ class LifelongEditor(EditableModel):
             "fingerprint": self.fingerprint(),
             "committed_turns": self.state.committed_turns,
             "forked_from": self.forked_from,
+            "rejected_turns": list(self.state.rejected_turns),
+            "update_norms": list(self.state.update_norms),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -289,6 +303,8 @@ class LifelongEditor(EditableModel):
         stored = stored_identity(checkpoint)
         refuse_differences("the checkpoint", stored["fingerprint"], self.fingerprint())
         self.state.committed_turns = stored["committed_turns"]
+        self.state.rejected_turns = list(stored["rejected_turns"])
+        self.state.update_norms = list(stored["update_norms"])
         self.forked_from = stored["forked_from"]
         # Lightning stores "that was the last batch"; a stream or horizon that grew since would end at once.
         loop = checkpoint.get("loops", {}).get("fit_loop", {})

@@ -30,6 +30,11 @@ class TurnReport:
     seconds: Mapping[str, float]
 
     @property
+    def rejected(self) -> str | None:
+        """Why the turn was rejected, so that nothing of it was applied; None for an applied turn."""
+        return self.step.rejected
+
+    @property
     def at_edit_efficacy(self) -> float | None:
         """Mean score of the turn's edits."""
         return None if self.at_edit is None else sum(self.at_edit) / len(self.at_edit)

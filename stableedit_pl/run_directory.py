@@ -32,6 +32,7 @@ class RunDirectory:
         self.last_checkpoint = self.checkpoints / "last.ckpt"
         self.statistics = self.path / "statistics.safetensors"
         self.ledger = self.path / "edits.jsonl"
+        self.rejected = self.path / "rejected.jsonl"
         self.results = self.path / "results.json"
         self.predictions = self.path / "predictions.jsonl"
 
@@ -122,7 +123,8 @@ class RunDirectory:
 
     def _clear(self) -> None:
         """Remove the files a run writes, by their names; anything else in the directory stays."""
-        own = [self.config, self.statistics, self.ledger, self.results, self.predictions, self.path / "hparams.yaml"]
+        own = [self.config, self.statistics, self.ledger, self.rejected, self.results, self.predictions]
+        own.append(self.path / "hparams.yaml")
         own += [file for file in self.path.glob("config-*.yaml") if re.fullmatch(r"config-\d+", file.stem)]
         own += self.path.glob("events.out.tfevents.*")
         own += [self.last_checkpoint, *self.checkpoints.glob("turn=*.ckpt"), *self.checkpoints.glob(".*.ckpt.tmp")]

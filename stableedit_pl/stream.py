@@ -1,6 +1,7 @@
 """``EditStream``: the ordered, epoch-free sequence of turns, as a Lightning data module."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -142,6 +143,21 @@ class EditStream(LightningDataModule):
             )
         settings = self.warm_up or WarmUpSettings(position="none")
         return TurnSchedule(len(self.target), len(self.warmup), self.turn_size, settings)
+
+    def applied_rows(self, turns: int, rejected: Sequence[int]) -> Sequence[int]:
+        """Rows of the target stream that are applied once ``turns`` turns are committed.
+
+        Args:
+            turns: committed turns.
+            rejected: indices of those of which nothing was applied.
+
+        Returns:
+            Ascending; a range when nothing was rejected.
+        """
+        applied = range(self.schedule.target_edits_before(turns))
+        slots = [self.schedule.slot(turn) for turn in rejected]
+        lost = {row for slot in slots if slot.phase == "edit" for row in slot.rows}
+        return [row for row in applied if row not in lost] if lost else applied
 
     def checksums(self) -> dict[str, str]:
         """SHA-256 of the target file, and of the warm-up file where there is one."""

@@ -139,14 +139,16 @@ class TurnSchedule:
 
     def target_edits_before(self, turn: int) -> int:
         """How many target edits have been applied once ``turn`` turns are committed."""
-        begin, length = self.first_warmup_turn, self.warmup_turns
-        target_turns = turn - min(max(turn - begin, 0), length)
+        target_turns = turn - self.warmup_turns_before(turn)
         return min(target_turns * self.turn_size, self.target_rows)
+
+    def warmup_turns_before(self, turn: int) -> int:
+        """How many of the first ``turn`` turns are warm-up turns."""
+        return min(max(turn - self.first_warmup_turn, 0), self.warmup_turns)
 
     def warmup_edits_before(self, turn: int) -> int:
         """How many warm-up edits have been applied once ``turn`` turns are committed."""
-        warmup_turns = min(max(turn - self.first_warmup_turn, 0), self.warmup_turns)
-        return min(warmup_turns * self.turn_size, self.warmup_rows)
+        return min(self.warmup_turns_before(turn) * self.turn_size, self.warmup_rows)
 
     def _rows(self, turn: int, total: int) -> range:
         return range(turn * self.turn_size, min((turn + 1) * self.turn_size, total))

@@ -26,6 +26,9 @@ COMMANDS = {
     "stableedit test --config configs/demo.yaml --ckpt_path last": "",
     "stableedit predict --config configs/demo.yaml --ckpt_path last": "",
     "stableedit export --run runs/demo --out my_edited_model": "",
+    "stableedit verify --run runs/demo": "",
+    "stableedit fit --config configs/demo.yaml --config configs/standardize.yaml --fork_from runs/demo "
+    "--run_dir runs/fork": "--trainer.max_steps 6",
 }
 
 

@@ -16,6 +16,7 @@ from tiny import LLAMA_SITE, edit_rows, write_stream
 
 from stableedit_pl.callbacks import EditEvaluation, StabilityMonitor, TurnCheckpoint, WarmUp
 from stableedit_pl.compatibility import IncompatibleCheckpoint
+from stableedit_pl.ledger import LedgerError
 from stableedit_pl.run_directory import RunDirectoryError
 
 # A process of its own that sends itself a signal, or raises, at a named point of turn 4.
@@ -257,16 +258,18 @@ def test_a_run_directory_is_neither_overwritten_nor_started_over(
     assert len(ledger(run)) == 16
 
 
-def test_the_ledger_must_know_the_turns_of_the_checkpoint(tmp_path: Path, llama_folder: str, stream_file: str) -> None:
-    run = tmp_path / "run"
-    fit(run, llama_folder, {"path": stream_file}, trainer={"max_steps": 2})
+def test_the_ledger_must_be_the_one_the_checkpoint_knows(tmp_path: Path, llama_folder: str, stream_file: str) -> None:
+    run, data = tmp_path / "run", {"path": stream_file}
+    fit(run, llama_folder, data, trainer={"max_steps": 2})
     lines = (run / "edits.jsonl").read_text().splitlines(keepends=True)
     (run / "edits.jsonl").write_text("".join(lines[:8]))
-    with pytest.raises(RuntimeError, match="ends at turn 0, but the checkpoint has 2 committed turns"):
-        fit(run, llama_folder, {"path": stream_file}, ckpt_path="last")
-    half_written = "".join(lines) + '{"id": "e0-16", "tur'
-    (run / "edits.jsonl").write_text(half_written)
-    fit(run, llama_folder, {"path": stream_file}, ckpt_path="last")
+    with pytest.raises(LedgerError, match=r"has \d+ bytes, but the checkpoint knows 16 lines"):
+        fit(run, llama_folder, data, ckpt_path="last")
+    (run / "edits.jsonl").write_text("".join([*lines[:15], lines[14]]) + "x" * 100)
+    with pytest.raises(LedgerError, match="line 16 is not the one the checkpoint knows"):
+        fit(run, llama_folder, data, ckpt_path="last")
+    (run / "edits.jsonl").write_text("".join(lines) + '{"id": "e0-16", "tur')  # half written when it was killed
+    fit(run, llama_folder, data, ckpt_path="last")
     assert [line["id"] for line in ledger(run)] == [f"e0-{i}" for i in range(33)]
 
 

@@ -34,7 +34,8 @@ def test_the_message_is_a_table_of_what_differs_and_a_way_on() -> None:
         "  setting        in the checkpoint  now",
         "  ridge          10.0               1.0",
         "  normalization  whiten             none",
-        "Go on with the old settings, or start a new run in another run_dir without --ckpt_path.",
+        "Go on with the old settings; or start a new run in another --run_dir, without --ckpt_path: from the base "
+        "model, or from this run's weights and statistics with --fork_from RUN_DIR.",
     ]
 
 

@@ -15,7 +15,7 @@ PACKAGE = Path(stableedit_pl.__file__).parent
 LAYERS = [
     ["__main__"],
     ["cli"],
-    ["trainer", "export"],
+    ["trainer", "export", "verify"],
     ["callbacks"],
     ["results"],
     ["editor", "stream"],
@@ -23,7 +23,7 @@ LAYERS = [
     ["editable_model", "report", "curves", "guards", "checkpoint_io"],
     ["closed_form", "scoring", "compatibility", "loading"],
     ["capture", "planning", "turns", "record_encoding"],
-    ["statistics", "normalization", "ridge", "sites", "encoding", "readers", "row_digest"],
+    ["statistics", "normalization", "ridge", "sites", "encoding", "readers", "row_digest", "ledger"],
     ["moments", "records", "run_directory", "stop_signals", "plain", "demo", "errors"],
     ["integrity"],
 ]
@@ -39,7 +39,7 @@ TRANSFORMERS = {"cli", "loading", "scoring", "sites"}
 TORCH = {
     *("callbacks", "export", "results", "editor", "stream", "checkpoint_io", "closed_form", "scoring"),
     *("compatibility", "loading", "capture", "planning", "turns", "statistics", "normalization", "ridge", "sites"),
-    *("encoding", "moments", "loaders"),
+    *("encoding", "moments", "loaders", "verify"),
 }
 """Who may import what; everything else is for the standard library and this package alone."""
 

@@ -30,7 +30,9 @@ RESULTS: dict[str, Any] = {
 def written(folder: Path, *, loggers: Any = (), rank_zero: bool = True, scoring: str = "token_match") -> dict[str, Any]:
     """What write_results writes for a run of stand-ins."""
     hparams = {"base_model": "m", "sites": ["a", "b"], "ridge": 10.0, "_instantiator": "cli", "dtype": torch.float32}
-    model = SimpleNamespace(hparams=hparams, scoring=scoring, specificity_reference="base_output")
+    model = SimpleNamespace(
+        hparams=hparams, scoring=scoring, specificity_reference="base_output", forked_from="runs/first (5 turns)"
+    )
     stream = SimpleNamespace(
         hparams={"path": "edits.jsonl", "turn_size": 8},
         warm_up=WarmUpSettings("q1", "statistics_only", 3, "standardize"),
