@@ -119,7 +119,9 @@ def _seed() -> int | None:
 
 def _show(trainer: Trainer, results: dict[str, Any], hparams: dict[str, Any]) -> None:
     """The table as text, and the settings as hparams with the final scores as their metrics."""
-    step = trainer.global_step
+    # One step past the last turn: a run that is resumed purges what lies there (see RunCurves), so that a final
+    # evaluation that is repeated, or overtaken by a longer horizon, leaves one point.
+    step = trainer.global_step + 1
     markdown = ["| | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 1) + "|"]
     for name in ("base", "at_edit", "retained"):
         scores = results[name]

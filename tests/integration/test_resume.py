@@ -19,65 +19,18 @@ from stableedit_pl.compatibility import IncompatibleCheckpoint
 from stableedit_pl.ledger import LedgerError
 from stableedit_pl.run_directory import RunDirectoryError
 
-# A process of its own that sends itself a signal, or raises, at a named point of turn 4.
-CHILD = """
-import os, signal, sys
+# A process of its own that is struck once, as scripts/chaos.py does it many times.
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+CHILD = f"""
+import sys
+sys.path.insert(0, {str(SCRIPTS)!r})
+import chaos
 import torch
+from stableedit_pl import cli
 torch.set_num_threads(1)
-from stableedit_pl import cli, closed_form, editor
-from stableedit_pl.callbacks import edit_evaluation
-
 point, how = sys.argv[1:3]
-state = {"turn": 0}
-
-def strike():
-    if how == "exception":
-        raise RuntimeError("injected")
-    os.kill(os.getpid(), getattr(signal, how))
-
-def at(module, name, turn_of):
-    real = getattr(module, name)
-    def struck(*args, **kwargs):
-        if turn_of(args) == 4:
-            result = real(*args, **kwargs) if name != "_commit" else None
-            strike()
-            return result if name != "_commit" else real(*args, **kwargs)
-        return real(*args, **kwargs)
-    setattr(module, name, struck)
-
-if point == "capture":
-    real = editor.capture
-    def capture(*args, **kwargs):
-        state["turn"] += 1
-        if state["turn"] == 5:
-            strike()
-        return real(*args, **kwargs)
-    editor.capture = capture
-elif point == "planning":
-    real = closed_form.plan_turn
-    def plan_turn(*args, **kwargs):
-        state["turn"] += 1
-        result = real(*args, **kwargs)
-        if state["turn"] == 5:
-            strike()
-        return result
-    closed_form.plan_turn = plan_turn
-elif point == "commit":
-    from stableedit_pl.sites import Site
-    real = Site.add
-    def add(self, delta):
-        state["turn"] += 1
-        real(self, delta)
-        if state["turn"] == 5:
-            strike()
-    Site.add = add
-elif point == "evaluation":
-    real = edit_evaluation.EditEvaluation._score_sample
-    def score(self, trainer, *args):
-        if trainer.global_step == 4:
-            strike()
-        return real(self, trainer, *args)
-    edit_evaluation.EditEvaluation._score_sample = score
+if point != "nowhere":
+    chaos.arm(point, 4, how, call=2)
 cli.main(sys.argv[3:])
 """
 
