@@ -39,14 +39,14 @@ class StatisticsCheckpoint(Callback):
         """Load, before the first turn of a new run.
 
         Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if sites, shapes or dtypes differ; each is named.
+            SettingError: if there is no such file.
+            IncompatibleCheckpoint: if sites, shapes or dtypes differ; each is named.
         """
         if self.load_from is None or pl_module.state.committed_turns > 0:
             return
         path = Path(self.load_from).expanduser()
         if not path.is_file():
-            raise FileNotFoundError(f"StatisticsCheckpoint.load_from: there is no file {path}")
+            raise SettingError(f"StatisticsCheckpoint.load_from: there is no file {path}")
         pl_module.state.statistics = pl_module.state.statistics.loaded(load_file(path), str(path))
 
     def on_train_batch_end(  # type: ignore[override]

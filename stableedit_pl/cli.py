@@ -17,9 +17,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 import stableedit_pl.callbacks  # noqa: F401  (their short names work once they are imported)
 from stableedit_pl import __version__
 from stableedit_pl.checkpoint_io import CheckpointError
-from stableedit_pl.compatibility import IncompatibleCheckpoint
 from stableedit_pl.editor import LifelongEditor
-from stableedit_pl.errors import SettingError
+from stableedit_pl.errors import IncompatibleCheckpoint, SettingError
 from stableedit_pl.export import export_run
 from stableedit_pl.ledger import LedgerError
 from stableedit_pl.loading import LoadingError

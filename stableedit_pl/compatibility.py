@@ -7,11 +7,8 @@ from typing import Any
 
 import torch
 
+from stableedit_pl.errors import IncompatibleCheckpoint
 from stableedit_pl.sites import Site
-
-
-class IncompatibleCheckpoint(ValueError):
-    """A checkpoint of another model, method or stream; the message is a table of what differs."""
 
 
 def refuse_differences(source: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

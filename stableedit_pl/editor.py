@@ -19,7 +19,7 @@ from stableedit_pl.checkpoint_io import read_checkpoint
 from stableedit_pl.closed_form import BadTurns, ClosedFormEdit, EditorState, StepInput
 from stableedit_pl.compatibility import base_model_digest, refuse_differences, stored_identity
 from stableedit_pl.editable_model import EditableModel, SpecificityReference
-from stableedit_pl.errors import SettingError, require_choice
+from stableedit_pl.errors import IncompatibleCheckpoint, SettingError, require_choice
 from stableedit_pl.guards import check_trainer
 from stableedit_pl.loading import ModelDtype
 from stableedit_pl.normalization import Normalization
@@ -262,19 +262,21 @@ class LifelongEditor(EditableModel):
         """Take over weights and moments, exactly the keys of :meth:`state_dict`.
 
         Raises:
-            ValueError: if keys or shapes differ; the message lists them.
+            IncompatibleCheckpoint: if keys or shapes differ; the message lists them.
         """
         self.configure_model()
         weights = {f"model.{site.name}.weight": site for site in self.sites}
         missing = [name for name in weights if name not in state_dict]
         extra = [name for name in state_dict if name not in weights and not name.startswith("statistics/")]
         if missing or extra:
-            raise ValueError(f"the checkpoint does not hold this run's sites; missing: {missing}; unexpected: {extra}")
+            raise IncompatibleCheckpoint(
+                f"the checkpoint does not hold this run's sites; missing: {missing}; unexpected: {extra}"
+            )
         statistics = {n.removeprefix("statistics/"): t for n, t in state_dict.items() if n.startswith("statistics/")}
         loaded = self.state.statistics.loaded(statistics, "the checkpoint")
         for name, site in weights.items():
             if state_dict[name].shape != site.weight.shape:
-                raise ValueError(
+                raise IncompatibleCheckpoint(
                     f"{name}: {list(state_dict[name].shape)} in the checkpoint, {list(site.weight.shape)} here"
                 )
         for name, site in weights.items():

@@ -7,6 +7,10 @@ class SettingError(ValueError):
     """A setting that is out of range or contradicts another; the message names it and what it may be."""
 
 
+class IncompatibleCheckpoint(ValueError):
+    """Saved state of another model, method or stream; the message says what differs."""
+
+
 def require_choice(name: str, value: Any, choices: Any) -> None:
     """Hold a setting against a ``Literal``; Python callers get no check from the command line.
 

@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from stableedit_pl.errors import IncompatibleCheckpoint
 from stableedit_pl.moments import Moments
 
 StatisticsScope = Literal["site", "shape"]
@@ -102,7 +103,7 @@ class LNStatistics:
             source: where it comes from, for error messages.
 
         Raises:
-            ValueError: if names, shapes or dtypes are not exactly these statistics'; the message lists them.
+            IncompatibleCheckpoint: if names, shapes or dtypes are not exactly these statistics'; the message lists them.
         """
         own = self.tensors()
         problems = [f"{name}: not in {source}" for name in own if name not in tensors]
@@ -115,7 +116,7 @@ class LNStatistics:
                     f"{list(here.shape)} {here.dtype} in this run"
                 )
         if problems:
-            raise ValueError(
+            raise IncompatibleCheckpoint(
                 f"The LN statistics in {source} do not fit this run's sites:\n  "
                 + "\n  ".join(sorted(problems))
                 + "\nUse the same base model, sites and statistics_scope, or start without them."

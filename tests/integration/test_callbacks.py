@@ -105,7 +105,7 @@ def test_statistics_of_other_sites_are_refused_by_name(
     with pytest.raises(ValueError, match="do not fit this run's sites") as refused:
         fit(tmp_path / "run", llama_folder, {"path": stream_file}, callbacks=[wrong])
     assert LLAMA_SITE in str(refused.value) and "transformer.h.1.mlp.c_fc" in str(refused.value)
-    with pytest.raises(FileNotFoundError, match=r"load_from: there is no file .*nowhere"):
+    with pytest.raises(SettingError, match=r"load_from: there is no file .*nowhere"):
         missing = StatisticsCheckpoint(load_from=str(tmp_path / "nowhere"))
         fit(tmp_path / "run2", llama_folder, {"path": stream_file}, callbacks=[missing])
 

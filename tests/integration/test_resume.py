@@ -15,7 +15,7 @@ from edit_runs import assert_same_state, curves, fit, ledger, results, saved_sta
 from tiny import LLAMA_SITE, edit_rows, write_stream
 
 from stableedit_pl.callbacks import EditEvaluation, StabilityMonitor, TurnCheckpoint, WarmUp
-from stableedit_pl.compatibility import IncompatibleCheckpoint
+from stableedit_pl.errors import IncompatibleCheckpoint
 from stableedit_pl.ledger import LedgerError
 from stableedit_pl.run_directory import RunDirectoryError
 

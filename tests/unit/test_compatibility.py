@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny import LLAMA_SITE, tiny_gpt2, tiny_llama
 
-from stableedit_pl.compatibility import IncompatibleCheckpoint, base_model_digest, refuse_differences
+from stableedit_pl.compatibility import base_model_digest, refuse_differences
+from stableedit_pl.errors import IncompatibleCheckpoint
 from stableedit_pl.records import EditRecord
 from stableedit_pl.sites import resolve_sites
 from stableedit_pl.stream import EditStream
