@@ -1,6 +1,6 @@
 """A progress bar in turns, with edits per second and live efficacy."""
 
-import time
+import sys
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -11,7 +11,7 @@ from stableedit_pl.editor import LifelongEditor
 
 
 class TurnProgress(TQDMProgressBar):
-    """Shows turns done, edits per second since this process started editing, and the last turn's efficacy."""
+    """Shows turns done, edits per second of editing (scores not counted), and the last turn's efficacy."""
 
     def __init__(self, refresh_rate: int = 1) -> None:
         """See the class.
@@ -21,36 +21,40 @@ class TurnProgress(TQDMProgressBar):
         """
         super().__init__(refresh_rate=refresh_rate)
         self._edits = 0
-        self._started = 0.0
+        self._edit_seconds = 0.0
 
     def init_train_tqdm(self) -> Tqdm:
-        """A bar named for what it counts."""
-        bar = super().init_train_tqdm()
-        bar.set_description("Turn")
-        bar.unit = "turn"
-        return bar
-
-    @property
-    def total_train_batches(self) -> int | float:
-        """Turns of the stream, or of the horizon if that is shorter."""
-        total, horizon = super().total_train_batches, self.trainer.max_steps
-        return total if horizon < 0 else min(total, horizon)
+        """A bar in turns, on standard error like all that is no result."""
+        return Tqdm(
+            desc="Turn",
+            unit="turn",
+            disable=self.is_disabled,
+            leave=True,
+            dynamic_ncols=True,
+            file=sys.stderr,
+            smoothing=0,
+            bar_format=self.BAR_FORMAT,
+        )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the bar at the committed turn."""
+        """Open the bar at the committed turn; Lightning sets its length only where a run begins."""
         super().on_train_start(trainer, pl_module)
-        self._edits, self._started = 0, time.perf_counter()
+        turns, horizon = len(trainer.datamodule.schedule), trainer.max_steps  # type: ignore[attr-defined]
+        self.train_progress_bar.reset(total=turns if horizon < 0 else min(turns, horizon))
+        self.train_progress_bar.initial = self.train_progress_bar.n = trainer.global_step
+        self.train_progress_bar.refresh()
+        self._edits, self._edit_seconds = 0, 0.0
 
     def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
-        """Name the bar again; Lightning calls it after the epoch, and a stream has none."""
-        super().on_train_epoch_start(trainer, *args)
-        self.train_progress_bar.set_description("Turn")
+        """Nothing: a stream has no epochs."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the turn's edits and redraw."""
-        self._edits += len(batch.edits)
+        if isinstance(pl_module, LifelongEditor) and pl_module.report is not None:
+            self._edits += len(batch.edits)
+            self._edit_seconds += pl_module.report.edit_seconds
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def get_metrics(
@@ -58,9 +62,8 @@ class TurnProgress(TQDMProgressBar):
     ) -> dict[str, int | str | float | dict[str, float]]:
         """What stands behind the bar."""
         shown: dict[str, int | str | float | dict[str, float]] = {}
-        elapsed = time.perf_counter() - self._started
         if self._edits:
-            shown["edits/s"] = f"{self._edits / max(elapsed, 1e-9):.1f}"
+            shown["edits/s"] = f"{self._edits / max(self._edit_seconds, 1e-9):.0f}"
         if isinstance(pl_module, LifelongEditor) and pl_module.report is not None:
             report = pl_module.report
             if report.turn.phase == "warmup":

@@ -30,7 +30,7 @@ in seconds, without a download. No person, place, company or ship in it is real,
 - **`edits.jsonl`**, the target stream: {edits} edits, all facts of {recipe.edited} people. The target is another
   value of the same attribute; two rephrasings; two locality prompts, one about a person who is never edited, one sum.
 - **`warmup.jsonl`**, the warm-up stream: {warmup} edits of the same kind, of {recipe.warm_up} other people.
-- Everybody else is in neither stream.
+- Everybody else is edited in neither stream.
 
 Training: {recipe.epochs} epochs, answers only, seed {seed}. A *separation penalty* (weight {recipe.separation}: the
 mean squared cosine between the last MLP's activations for different facts, all of them, those that are edited later and

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -60,13 +61,16 @@ class SaveSettings(SaveConfigCallback):
     """Saves an edit run's full settings; a resumed run's beside them, numbered."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Nothing yet: a run that fails before its first turn leaves no file behind."""
+        """Nothing yet: a run that fails before its first turn leaves no settings behind."""
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Save when the run starts or resumes."""
         file = RunDirectory(trainer.default_root_dir).next_config()
         if trainer.is_global_zero:
-            self.parser.save(self.config, str(file), skip_none=False, overwrite=False, multifile=False)
+            settings = self.config.clone()
+            # What was said of this one start is no setting of the run: repeating it must not overwrite anything.
+            settings["overwrite"], settings["ckpt_path"] = False, None
+            self.parser.save(settings, str(file), skip_none=False, overwrite=False, multifile=False)
 
 
 class EditCLI(LightningCLI):
@@ -74,6 +78,12 @@ class EditCLI(LightningCLI):
 
     trainer: EditTrainer
     model: LifelongEditor
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add model and data before the trainer, whose many options few runs need."""
+        parser.add_lightning_class_args(LifelongEditor, "model")
+        parser.add_lightning_class_args(EditStream, "data")
+        parser.add_lightning_class_args(EditTrainer, "trainer")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run directory, which everything that writes is linked to."""
@@ -127,8 +137,11 @@ class EditCLI(LightningCLI):
         if not self.trainer.is_global_zero or not run.results.is_file():
             return
         results = read_results(run.results)
-        _say(f"\n{results['edits']} edits in {results['turns'] - results['warmup_turns']} turns, "
-             f"{edits_per_second(results):.1f} edits per second ({results['settings']['scoring']})")  # fmt: skip
+        turns = f"{results['turns'] - results['warmup_turns']} turns"
+        warmup = f" after {results['warmup_turns']} warm-up turns" if results["warmup_turns"] else ""
+        _say(f"\n{results['edits']} edits in {turns}{warmup} ({results['settings']['scoring']})")
+        speed, evaluate = edits_per_second(results), results["seconds"]["evaluate"]
+        _say(f"{speed:.0f} edits per second of editing; {evaluate:.0f} s of evaluation\n")
         _say(results_table(results))
         _say(f"\nCurves:  {_command('tensorboard')} --logdir {run.path}")
         _say(f"Export:  {_command('stableedit')} export --run {run.path} --out MY_MODEL")
@@ -137,7 +150,9 @@ class EditCLI(LightningCLI):
         """Show the scores."""
         scores = {kind: self.trainer.callback_metrics.get(kind) for kind in KINDS}
         given = {kind: None if value is None else float(value) for kind, value in scores.items()}
-        _say(f"\nScored by {self.model.scoring}; specificity against {self.model.specificity_measured_by}")
+        reference = self.model.specificity_measured_by
+        _say(f"\nScored by {self.model.scoring}; specificity against {reference}", end="")
+        _say("" if self.model.edits_loaded else " (an unedited model always agrees with itself)")
         _say(scores_table({"edited" if self.model.edits_loaded else "base": given}))
 
     after_test = after_validate
@@ -176,13 +191,24 @@ def main(args: Sequence[str] | None = None) -> None:
             args=None if args is None else list(args),
         )
     except StopRequested as stop:
-        command = " ".join([_command("stableedit"), *(sys.argv[1:] if args is None else args)])
-        resume = command if "--ckpt_path" in command else f"{command} --ckpt_path last"
+        resume = _resume_command(sys.argv[1:] if args is None else args)
         _say(f"\n{stop}; everything is saved. Go on with:\n  {resume}", error=True)
         raise SystemExit(stop.exit_code) from None
     except USER_ERRORS as error:
         _say(f"\nError: {error}", error=True)
         raise SystemExit(1) from error
+
+
+def _resume_command(arguments: Sequence[str]) -> str:
+    """The command that goes on with a run started by ``arguments``, ready for a shell."""
+    kept, skip = [], False
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        once = name in ("--ckpt_path", "--overwrite", "--fork_from")
+        if not skip and not once:
+            kept.append(argument)
+        skip = once and not value
+    return shlex.join([_command("stableedit"), *kept, "--ckpt_path", "last"])
 
 
 def _command(name: str) -> str:
@@ -213,7 +239,7 @@ def _is_about_the_run(record: logging.LogRecord) -> bool:
     return not any(words in record.getMessage() for words in chatter)
 
 
-def _say(text: str, error: bool = False) -> None:
+def _say(text: str, error: bool = False, end: str = "\n") -> None:
     stream = sys.stderr if error else sys.stdout
-    stream.write(text + "\n")
+    stream.write(text + end)
     stream.flush()

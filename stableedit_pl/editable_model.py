@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from lightning.pytorch import LightningModule
@@ -196,3 +197,5 @@ class EditableModel(LightningModule):
         self.configure_model()
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        for file in Path(folder).iterdir():
+            file.chmod(0o644)  # safetensors writes weights that only their owner can read

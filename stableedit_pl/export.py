@@ -58,7 +58,9 @@ def export_run(run: str, out: str, ckpt_path: str = LAST, overwrite: bool = Fals
 
 def model_card(editor: LifelongEditor, run: RunDirectory) -> str:
     """A model card in Markdown: base model, sites, method, number of edits, scores where the run has them."""
-    settings: dict[str, Any] = editor.fingerprint()
+    settings: dict[str, Any] = {name: value for name, value in editor.fingerprint().items() if name != "sites"}
+    settings["base_model_digest"] = settings.pop("base_model")
+    dtype = str(editor.model.dtype).removeprefix("torch.")
     lines = [
         "---",
         "tags: [model-editing, stableedit]",
@@ -67,20 +69,28 @@ def model_card(editor: LifelongEditor, run: RunDirectory) -> str:
         f"# {editor.base_model}, edited",
         "",
         f"`{editor.base_model}` after {editor.state.committed_turns} turns of lifelong editing (StableEdit, "
-        "arXiv 2605.11836) with stableedit_pl. Only these weights differ from the base model:",
+        f"arXiv 2605.11836) with stableedit_pl, in {dtype}, the dtype it was edited in. Only these weights differ from "
+        "the base model:",
         "",
         *(f"- `{site.name}.weight` ({site.d_in} -> {site.d_out})" for site in editor.sites),
         "",
         "| setting | value |",
         "|---|---|",
-        *(f"| {name} | {value} |" for name, value in settings.items() if name != "sites"),
+        *(f"| {name} | {value} |" for name, value in settings.items()),
     ]
     if run.results.is_file():
         results = read_results(run.results)
+        used = results["settings"]
+        lines += [f"| data: {name} | {used['data'][name]} |" for name in ("dataset", "path", "turn_size")]
+        lines += [f"| data: {name} | {digest} |" for name, digest in used["checksums"].items()]
+        lines += [f"| version: {name} | {number} |" for name, number in used["versions"].items()]
+        edited = results["turns"] - results["warmup_turns"]
         lines += [
             "",
-            f"{results['edits']} edits in {results['turns']} turns. Scores ({results['measured']['rule']}; "
-            f"specificity: {results['measured']['specificity']}):",
+            "`base_model_digest` is the SHA-256 of the base model's configuration and of the original weights above.",
+            "",
+            f"{results['edits']} edits in {edited} turns, after {results['warmup_turns']} warm-up turns. Scores "
+            f"({results['measured']['rule']}; specificity: {results['measured']['specificity']}):",
             "",
             "```",
             results_table(results),

@@ -103,7 +103,7 @@ class LNStatistics:
             source: where it comes from, for error messages.
 
         Raises:
-            IncompatibleCheckpoint: if names, shapes or dtypes are not exactly these statistics'; the message lists them.
+            IncompatibleCheckpoint: if names, shapes or dtypes are not exactly these statistics'; they are listed.
         """
         own = self.tensors()
         problems = [f"{name}: not in {source}" for name in own if name not in tensors]

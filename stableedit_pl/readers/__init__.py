@@ -100,7 +100,7 @@ def _other_dataset(fields: Mapping[str, object], layout: Layout) -> str | None:
 def _hint(any_good: bool, other: str | None) -> str:
     if not any_good:
         return f'No row is good: these look like rows of the data set "{other}".' if other else ""
-    return 'To use the other rows, read with on_bad_row="skip": it leaves bad rows out and logs which.'
+    return "To use the other rows, set on_bad_row to skip (--data.on_bad_row skip): it lists those left out."
 
 
 def _warn_left_out(path: str | Path, problems: list[Problem], good: int) -> None:

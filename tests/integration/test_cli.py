@@ -73,7 +73,8 @@ def test_fit_then_score_then_predict_then_export(
         new = model.generate(**ids, max_new_tokens=len(answer["target"].split()), do_sample=False)
         assert tokenizer.decode(new[0, ids["input_ids"].shape[1] :], skip_special_tokens=True) == answer["answer"]
     card = (out / "README.md").read_text()
-    assert LLAMA_SITE in card and "33 edits in 5 turns" in card
+    assert LLAMA_SITE in card and "33 edits in 5 turns, after 0 warm-up turns" in card
+    assert all(file.stat().st_mode & 0o044 == 0o044 for file in out.iterdir()), "others can read it"
     events = sorted(file.name for file in run.glob("events.out.tfevents.*"))
     assert len(events) == 1, "scoring must not write event files"
 

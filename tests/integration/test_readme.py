@@ -25,7 +25,7 @@ COMMANDS = {
     "stableedit validate --config configs/demo.yaml --ckpt_path last": "",
     "stableedit test --config configs/demo.yaml --ckpt_path last": "",
     "stableedit predict --config configs/demo.yaml --ckpt_path last": "",
-    "stableedit export --run runs/demo --out my_edited_model": "",
+    "stableedit export --run runs/demo --out runs/edited": "",
     "stableedit verify --run runs/demo": "",
     "stableedit fit --config configs/demo.yaml --config configs/standardize.yaml --fork_from runs/demo "
     "--run_dir runs/fork": "--trainer.max_steps 6",
@@ -79,6 +79,13 @@ def test_every_command_and_snippet_works(checkout: Path) -> None:
     assert set(shown) == set(COMMANDS), "a command of the README is not run here"
     printed = {command: run(checkout, f"{command} {more}") for command, more in COMMANDS.items()}
 
+    assert "turn/s" not in README, "the README shows results, no progress bar"
+    (transcript,) = blocks("text")
+    printed_lines = [line for line in printed["bash scripts/demo.sh"].splitlines() if line.strip()]
+    shown_lines = [line for line in transcript.splitlines() if line.strip()]
+    assert [re.sub(r"[\d.]+", "0", line) for line in shown_lines] == [
+        re.sub(r"[\d.]+", "0", line) for line in printed_lines
+    ], "the README shows what the demo prints, figures aside"
     expected, found = scores(README), scores(printed["bash scripts/demo.sh"])
     for name, cells in expected.items():
         assert [cell == "-" for cell in cells] == [cell == "-" for cell in found[name]]
@@ -95,7 +102,7 @@ def test_every_command_and_snippet_works(checkout: Path) -> None:
     for snippet in blocks("python"):
         (checkout / "snippet.py").write_text(snippet, encoding="utf-8")
         run(checkout, "python snippet.py")
-    assert (checkout / "edited_from_python/config.json").is_file()
+    assert (checkout / "runs/edited_from_python/config.json").is_file()
     from_python = json.loads((checkout / "runs/python/results.json").read_text())
     assert from_python["retained"] == results["retained"], "the ten lines of Python are the demo"
 

@@ -33,7 +33,7 @@ from stableedit_pl.records import DataError
 def test_bad_line_is_named(line: str, substance: list[str], write: Write) -> None:
     # The blank line counts, so that the number is the one an editor shows.
     path = write(json.dumps(EDIT) + "\n\n" + line + "\n" + json.dumps(EDIT))
-    message("edits", path, [*substance, 'on_bad_row="skip"'])
+    message("edits", path, [*substance, "--data.on_bad_row skip"])
     assert [record.row for record in read_records("edits", path, on_bad_row="skip")] == [1, 4]
 
 

@@ -18,7 +18,7 @@ from stableedit_pl.records import DataError, Probe
 def test_all_bad_rows_are_listed_with_the_way_out(write: Write) -> None:
     rows = [MEND | ({"alt": ""} if i in (3, 5) else {}) for i in range(8)]
     error = message(
-        "zsre", write(rows), ["2 problems in 2 rows", "line 4, field", "line 6, field", 'on_bad_row="skip"']
+        "zsre", write(rows), ["2 problems in 2 rows", "line 4, field", "line 6, field", "--data.on_bad_row skip"]
     )
     assert [problem.row for problem in error.problems] == [4, 6]
 
