@@ -73,3 +73,10 @@ def base_model_digest(config: Any, sites: Sequence[Site]) -> str:
         digest.update(f"{site.name} {list(site.original.shape)} {site.original.dtype}".encode())
         digest.update(site.original.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 of everything that decides how a tokenizer cuts text, in hex."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
+    return hashlib.sha256(rules.encode()).hexdigest()

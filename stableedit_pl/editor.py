@@ -17,14 +17,15 @@ from torch.nn.modules.module import _IncompatibleKeys
 from stableedit_pl.capture import Captured, LossReduction, capture
 from stableedit_pl.checkpoint_io import read_checkpoint
 from stableedit_pl.closed_form import BadTurns, ClosedFormEdit, EditorState, StepInput
-from stableedit_pl.compatibility import base_model_digest, refuse_differences, stored_identity
+from stableedit_pl.compatibility import base_model_digest, refuse_differences, stored_identity, tokenizer_digest
 from stableedit_pl.editable_model import EditableModel, SpecificityReference
-from stableedit_pl.errors import IncompatibleCheckpoint, SettingError, require_choice
+from stableedit_pl.errors import SettingError, require_choice
 from stableedit_pl.guards import check_trainer
 from stableedit_pl.loading import ModelDtype
 from stableedit_pl.normalization import Normalization
 from stableedit_pl.planning import MethodSettings
 from stableedit_pl.report import TurnReport
+from stableedit_pl.saved_state import load_tensors, saved_tensors
 from stableedit_pl.scoring import ScoringRule, match
 from stableedit_pl.statistics import LNStatistics, StatisticsScope
 from stableedit_pl.turns import Turn
@@ -115,6 +116,7 @@ class LifelongEditor(EditableModel):
         if not self.sites:
             super().configure_model()
             self.state = EditorState(LNStatistics.empty(self.sites, self.statistics_scope))
+            self._base_digest = base_model_digest(self.model.config, self.sites)
 
     def place_state(self) -> None:
         """Put moments and master weights where the algebra happens: beside each site, or on ``editor_device``."""
@@ -234,7 +236,8 @@ class LifelongEditor(EditableModel):
     def fingerprint(self) -> dict[str, Any]:
         """What a checkpoint must share with the run that loads it: base model, sites and method."""
         return {
-            "base_model": base_model_digest(self.model.config, self.sites),
+            "base_model": self._base_digest,
+            "tokenizer": tokenizer_digest(self.tokenizer),
             "sites": [site.name for site in self.sites],
             **asdict(self.settings),
             "statistics_scope": self.statistics_scope,
@@ -255,8 +258,7 @@ class LifelongEditor(EditableModel):
             return {}
         if self.state.committing:
             raise RuntimeError("a turn is half committed: this state must not be saved; use the previous checkpoint")
-        weights = {f"model.{site.name}.weight": site.state.detach() for site in self.sites}
-        return weights | {f"statistics/{name}": value for name, value in self.state.statistics.tensors().items()}
+        return dict(saved_tensors(self.sites, self.state.statistics))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Take over weights and moments, exactly the keys of :meth:`state_dict`.
@@ -265,23 +267,7 @@ class LifelongEditor(EditableModel):
             IncompatibleCheckpoint: if keys or shapes differ; the message lists them.
         """
         self.configure_model()
-        weights = {f"model.{site.name}.weight": site for site in self.sites}
-        missing = [name for name in weights if name not in state_dict]
-        extra = [name for name in state_dict if name not in weights and not name.startswith("statistics/")]
-        if missing or extra:
-            raise IncompatibleCheckpoint(
-                f"the checkpoint does not hold this run's sites; missing: {missing}; unexpected: {extra}"
-            )
-        statistics = {n.removeprefix("statistics/"): t for n, t in state_dict.items() if n.startswith("statistics/")}
-        loaded = self.state.statistics.loaded(statistics, "the checkpoint")
-        for name, site in weights.items():
-            if state_dict[name].shape != site.weight.shape:
-                raise IncompatibleCheckpoint(
-                    f"{name}: {list(state_dict[name].shape)} in the checkpoint, {list(site.weight.shape)} here"
-                )
-        for name, site in weights.items():
-            site.load(state_dict[name])
-        self.state.statistics = loaded
+        self.state.statistics = load_tensors(self.sites, self.state.statistics, state_dict)
         self.edits_loaded = True
         return _IncompatibleKeys([], [])
 

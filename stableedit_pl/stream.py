@@ -202,6 +202,8 @@ class EditStream(LightningDataModule):
             "turn_size": self.turn_size,
             "edit_order": self.edit_order,
             "count_bare_space": self.count_bare_space,
+            # Anywhere else the micro-batch is a matter of memory; in this reduction it is part of the method.
+            "micro_batch_size": self.micro_batch_size if self._averages_micro_batches() else None,
             "warm_up": asdict(schedule.warm_up),
             "first_warmup_turn": schedule.first_warmup_turn if schedule.warmup_turns else None,
             "turns": turns,
@@ -211,6 +213,10 @@ class EditStream(LightningDataModule):
                 "warmup": self._digests["warmup"].of_first(self.warmup, warmup),
             },
         }
+
+    def _averages_micro_batches(self) -> bool:
+        editor = getattr(self.trainer, "lightning_module", None)
+        return getattr(editor, "loss_reduction", "token_sum") == "micro_batch_mean"
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Hold this stream against the one a run began with; scoring another stream is fine.

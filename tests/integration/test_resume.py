@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from edit_runs import assert_same_state, curves, fit, ledger, results, saved_state
-from tiny import LLAMA_SITE, edit_rows, write_stream
+from tiny import LLAMA_SITE, WORDS, edit_rows, save_model, tiny_llama, word_tokenizer, write_stream
 
 from stableedit_pl.callbacks import EditEvaluation, StabilityMonitor, TurnCheckpoint, WarmUp
 from stableedit_pl.errors import IncompatibleCheckpoint
@@ -171,6 +171,7 @@ def test_a_stream_that_grew_goes_on(tmp_path: Path, llama_folder: str) -> None:
         ({"sites": ["model.layers.0.mlp.down_proj"]}, {}, "sites"),
         ({}, {"turn_size": 4}, "turn_size"),
         ({}, {"edit_order": "longest_first"}, "edit_order"),
+        ({"bad_turns": "skip"}, {}, "bad_turns"),
     ],
 )
 def test_other_settings_are_refused_by_name(
@@ -181,6 +182,30 @@ def test_other_settings_are_refused_by_name(
     with pytest.raises(IncompatibleCheckpoint, match=named):
         fit(tmp_path / "run", llama_folder, {"path": stream_file, **data}, model, ckpt_path="last")
     assert {file.name: file.read_bytes() for file in (tmp_path / "run/checkpoints").iterdir()} == before
+
+
+def test_micro_batches_may_change_unless_they_are_part_of_the_method(
+    tmp_path: Path, llama_folder: str, stream_file: str
+) -> None:
+    for reduction, refused in (("token_sum", False), ("micro_batch_mean", True)):
+        run, model = tmp_path / reduction, {"loss_reduction": reduction}
+        fit(run, llama_folder, {"path": stream_file}, model, trainer={"max_steps": 2})
+        data = {"path": stream_file, "micro_batch_size": 8}
+        if refused:
+            with pytest.raises(IncompatibleCheckpoint, match=r"micro_batch_size +3 +8"):
+                fit(run, llama_folder, data, model, ckpt_path="last")
+        else:
+            fit(run, llama_folder, data, model, ckpt_path="last")
+            assert len(ledger(run)) == 33
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path, llama_folder: str, stream_file: str) -> None:
+    """The same weights with two words exchanged in the vocabulary."""
+    fit(tmp_path / "run", llama_folder, {"path": stream_file}, trainer={"max_steps": 2})
+    words = [WORDS[1], WORDS[0], *WORDS[2:]]
+    other = save_model(tmp_path / "other", tiny_llama(), word_tokenizer(words))
+    with pytest.raises(IncompatibleCheckpoint, match="tokenizer"):
+        fit(tmp_path / "run", other, {"path": stream_file}, ckpt_path="last")
 
 
 def test_another_base_model_or_changed_rows_are_refused(

@@ -21,7 +21,7 @@ LAYERS = [
     ["editor", "stream"],
     ["loaders"],
     ["editable_model", "report", "curves", "guards", "checkpoint_io"],
-    ["closed_form", "scoring", "compatibility", "loading"],
+    ["closed_form", "scoring", "compatibility", "loading", "saved_state"],
     ["capture", "planning", "turns", "record_encoding"],
     ["statistics", "normalization", "ridge", "sites", "encoding", "readers", "row_digest", "ledger"],
     ["moments", "records", "run_directory", "stop_signals", "plain", "demo", "errors"],
@@ -39,7 +39,7 @@ TRANSFORMERS = {"cli", "loading", "scoring", "sites"}
 TORCH = {
     *("callbacks", "export", "results", "editor", "stream", "checkpoint_io", "closed_form", "scoring"),
     *("compatibility", "loading", "capture", "planning", "turns", "statistics", "normalization", "ridge", "sites"),
-    *("encoding", "moments", "loaders", "verify"),
+    *("encoding", "moments", "loaders", "verify", "saved_state"),
 }
 """Who may import what; everything else is for the standard library and this package alone."""
 
