@@ -40,8 +40,7 @@ def _rules(trainer: Any) -> list[tuple[bool, str]]:
             "fast_dev_run would drop turns; use trainer.max_steps=1 in a run_dir of its own.",
         ),
         (
-            not trainer.fast_dev_run
-            and (trainer.limit_train_batches != 1.0 or type(trainer.limit_train_batches) is int),
+            not (trainer.fast_dev_run or _all_batches(trainer.limit_train_batches)),
             f"limit_train_batches={trainer.limit_train_batches} would drop turns; use trainer.max_steps as the "
             "horizon in turns, or data.max_edits.",
         ),
