@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from stableedit_pl.errors import SettingError
+from stableedit_pl.freed_memory import hand_back
 from stableedit_pl.run_directory import RunDirectory, flush_directory
 from stableedit_pl.stop_signals import StopRequested, StopSignals
 
@@ -90,6 +91,7 @@ class TurnCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             _point(run.last_checkpoint, file)
             self._prune(run, newest=file)
+        hand_back()
         self._last_saved_at = time.monotonic()
 
     def _prune(self, run: RunDirectory, newest: Path) -> None:

@@ -2,13 +2,12 @@
 
     python scripts/benchmark_memory.py --edits 100000
 
-Repeats the demo's target stream, each time with other targets (those of its rows move on by one), so that every edit is
+Repeats the demo's target stream, lap by lap with other targets, so that every edit is
 new. Prints resident memory after every tenth of the stream and the slope of a straight line through all points but the
 first two tenths, in which caches fill. Exits with 1 when the slope is 1 MB per 10,000 edits or more.
 """
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -21,54 +20,28 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import transformers
+from lightning.pytorch import Callback
+from long_stream import resident_megabytes, write_retargeted
 
 from stableedit_pl import EditStream, EditTrainer, LifelongEditor
-from stableedit_pl.callbacks import EditEvaluation, StabilityMonitor
-from stableedit_pl.demo import demo_path
+from stableedit_pl.callbacks import EditEvaluation, StabilityMonitor, TurnCheckpoint
 
 
-def retargeted(count: int, file: Path) -> None:
-    """Write ``count`` edits: the demo's rows over and over, each pass with the next targets of their own question."""
-    rows = [json.loads(line) for line in demo_path("edits.jsonl").read_text(encoding="utf-8").splitlines()]
-    by_question: dict[str, list[str]] = {}
-    for row in rows:
-        by_question.setdefault(row["prompt"].replace(row["subject"], "{}"), []).append(row["target"])
-    seen: dict[str, int] = {}
-    with file.open("w", encoding="utf-8") as out:
-        for i in range(count):
-            row = rows[i % len(rows)]
-            question = row["prompt"].replace(row["subject"], "{}")
-            targets = by_question[question]
-            place = seen.get(question, 0)
-            seen[question] = place + 1
-            target = targets[(place + i // len(rows)) % len(targets)]
-            edit = {"id": str(i), "prompt": row["prompt"], "target": target, "subject": row["subject"]}
-            out.write(json.dumps(edit) + "\n")
+class Watch(Callback):
+    """Notes memory every so many edits, when the turn's checkpoint has been written."""
 
-
-def resident_megabytes() -> float:
-    """This process's resident memory, in MB (Linux)."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-class Watch(EditEvaluation):
-    """Evaluates as always, and notes memory every so many edits."""
-
-    def __init__(self, every: int, **settings: Any) -> None:
-        """Note memory after every ``every`` edits; the rest is EditEvaluation's."""
-        super().__init__(**settings)
+    def __init__(self, every: int) -> None:
+        """Note memory after every ``every`` edits."""
         self.every, self.edits = every, 0
         self.points: list[tuple[int, float]] = []
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Count the turn's edits; note memory when due."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        before, self.edits = self.edits, self.edits + len(batch.edits)
-        if self.edits // self.every > before // self.every:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Note memory when due; checkpoints are the last thing of the turn before."""
+        if self.edits and self.edits % self.every == 0:
             self.points.append((self.edits, resident_megabytes()))
             if len(self.points) % 10 == 0:
                 print(f"{self.edits:>9,} edits  {self.points[-1][1]:8.1f} MB", flush=True)
+        self.edits += len(batch.edits)
 
 
 def main() -> int:
@@ -83,13 +56,19 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         stream = Path(folder) / "edits.jsonl"
-        retargeted(arguments.edits, stream)
-        watch = Watch(max(arguments.edits // 100, 1), every_n_turns=20, sample_size=200, final=False)
+        write_retargeted(arguments.edits, stream)
+        turn_size = arguments.turn_size
+        watch = Watch(-(-arguments.edits // (100 * turn_size)) * turn_size)
         trainer = EditTrainer(
             run_dir=f"{folder}/run",
             accelerator="cpu",
             enable_progress_bar=False,
-            callbacks=[watch, StabilityMonitor(every_n_turns=5)],
+            callbacks=[
+                watch,
+                EditEvaluation(every_n_turns=20, sample_size=200, final=False),
+                StabilityMonitor(every_n_turns=5),
+                TurnCheckpoint(every_n_turns=2),
+            ],
         )
         editor = LifelongEditor(
             base_model="demo",
@@ -98,7 +77,6 @@ def main() -> int:
             step_size=4e-4,
             ridge=10.0,
         )
-        turn_size = arguments.turn_size
         trainer.fit(editor, datamodule=EditStream(path=str(stream), turn_size=turn_size, micro_batch_size=100))
     settled = watch.points[len(watch.points) // 5 :]
     x = torch.tensor([edits for edits, _ in settled], dtype=torch.float64)

@@ -24,7 +24,7 @@ LAYERS = [
     ["closed_form", "scoring", "compatibility", "loading", "saved_state"],
     ["capture", "planning", "turns", "record_encoding"],
     ["statistics", "normalization", "ridge", "sites", "encoding", "readers", "row_digest", "ledger"],
-    ["moments", "records", "run_directory", "stop_signals", "plain", "demo", "errors"],
+    ["moments", "records", "run_directory", "stop_signals", "freed_memory", "plain", "demo", "errors"],
     ["integrity"],
 ]
 """Top to bottom. A module imports from layers below its own; files in callbacks/ and readers/ also from each other."""
