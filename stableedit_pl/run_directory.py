@@ -77,14 +77,16 @@ class RunDirectory:
                 f"--ckpt_path last: {self.path} has no checkpoint, so there is nothing to resume. "
                 "Check --run_dir, or start the run again with --overwrite true and without --ckpt_path."
             )
+        problems = []
         for file in candidates:
             problem = damage(file)
             if problem is None:
                 return file
+            problems.append(f"{file.name}: {problem}")
             log.warning("%s is damaged: %s. Trying the one before it.", file, problem)
         raise RunDirectoryError(
             f"--ckpt_path last: every checkpoint in {self.checkpoints} is damaged ("
-            + ", ".join(file.name for file in candidates)
+            + "; ".join(problems)
             + "), and a run is not started over by itself. Put back a copy of one of them, or start the run again "
             "with --overwrite true and without --ckpt_path."
         )
@@ -97,7 +99,8 @@ class RunDirectory:
             overwrite: remove the run that is here.
 
         Raises:
-            RunDirectoryError: if a new run would overwrite one, or a resumed one would go on elsewhere.
+            RunDirectoryError: if a new run would overwrite one, a resumed one would go on elsewhere, or nothing can be
+                written here.
         """
         if resuming_from is not None:
             if resuming_from.resolve().parent != self.checkpoints.resolve():
@@ -112,7 +115,16 @@ class RunDirectory:
                     "or replace it with --overwrite true."
                 )
             self._clear()
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            reason = None if os.access(self.path, os.W_OK | os.X_OK) else "permission denied"
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if reason is not None:
+            raise RunDirectoryError(
+                f"--run_dir {self.path} cannot be written ({reason}): choose another place, or give yourself the right "
+                "to write there (chmod u+wx)."
+            )
 
     def next_config(self) -> Path:
         """``config.yaml``, or ``config-2.yaml`` and so on for the settings of a resumed run."""

@@ -4,17 +4,21 @@ Every case runs the command line against a directory that holds a run of two tur
 empty one; no weight, checkpoint or ledger line may change.
 """
 
+import errno
+import io
 import json
 import os
 import pickle
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from edit_runs import fit
+from safetensors.torch import load_file, save_file
 from tiny import LLAMA_SITE, edit_rows, write_stream
 
 from stableedit_pl.checkpoint_io import read_checkpoint
@@ -31,6 +35,7 @@ def lines(*rows: Any) -> str:
 DATA: list[tuple[str, str | bytes | None, list[str], list[str]]] = [
     ("no file", None, [], ["does not exist", "bad.jsonl"]),
     ("a directory", "<directory>", [], ["is a directory"]),
+    ("no permission", "<forbidden>", [], ["permission denied", "chmod u+r"]),
     ("an empty file", "", [], ["is empty"]),
     ("only blank lines", "\n\n", [], ["bad.jsonl"]),
     ("not JSON", lines(GOOD[0], "no json"), [], ["line 2", "no valid JSON"]),
@@ -85,6 +90,7 @@ CONFIGS: list[tuple[str, list[str], int, list[str]]] = [
     ("gradient clipping", ["--trainer.gradient_clip_val=1"], 1, ["model.ridge"]),
     ("two epochs", ["--trainer.max_epochs=2"], 1, ["use max_epochs=1"]),
     ("a model that is not there", ["--model.base_model=/nowhere"], 1, ["no config.json in /nowhere"]),
+    ("a run directory below a file", ["--run_dir=/dev/null/run"], 1, ["/dev/null/run", "cannot be written"]),
     ("a device that is not there", ["--trainer.callbacks+=DevicePlacement",
      "--trainer.callbacks.editor_device=cuda:9"], 1, ["no such device here"]),
 ]  # fmt: skip
@@ -98,6 +104,22 @@ def truncate(run: Path) -> list[str]:
     for file in (run / "checkpoints").iterdir():
         file.write_bytes(file.read_bytes()[:-100])
     return []
+
+
+def no_permission(run: Path) -> list[str]:
+    for file in (run / "checkpoints").iterdir():
+        forbid(file)
+    return []
+
+
+def another_model(run: Path) -> list[str]:
+    """The same architecture and sites, one weight of the site changed: only the content tells."""
+    folder = run.parent / "other"
+    shutil.copytree(run.parent / "base", folder)
+    weights = load_file(folder / "model.safetensors")
+    weights[f"{LLAMA_SITE}.weight"][0, 0] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return [f"--model.base_model={folder}"]
 
 
 def half_written(run: Path) -> list[str]:
@@ -141,11 +163,36 @@ def no_ledger(run: Path) -> list[str]:
     return []
 
 
+FORBIDDEN: set[Path] = set()
+
+
+def forbid(path: Path) -> None:
+    """Nobody may read this file: a permission that even root lacks, because the open itself is refused."""
+    FORBIDDEN.add(path)
+
+
+@pytest.fixture(autouse=True)
+def forbidden_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    real = io.open
+
+    def guarded(file: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(file, (str, Path)) and Path(file) in FORBIDDEN:
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return real(file, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", guarded)  # what pathlib calls
+    monkeypatch.setattr("builtins.open", guarded)
+    yield
+    FORBIDDEN.clear()
+
+
 CHECKPOINTS: list[tuple[str, Callable[[Path], list[str]], list[str]]] = [
     ("another method", other_method, ["ridge", "--fork_from"]),
     ("another turn size", lambda run: ["--data.turn_size=3"], ["turn_size"]),
     ("other sites", lambda run: ['--model.sites=["model.layers.0.mlp.down_proj"]'], ["sites"]),
     ("all truncated", truncate, ["every checkpoint", "damaged"]),
+    ("no permission", no_permission, ["every checkpoint", "Permission denied"]),
+    ("another base model", another_model, ["base_model", "--fork_from"]),
     ("half written", half_written, ["damaged"]),
     ("malicious", malicious, ["nothing in it was executed"]),
     ("a bare pickle", a_bare_pickle, ["damaged"]),
@@ -162,7 +209,11 @@ def no_arguments_of_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+    def content(file: Path) -> bytes:
+        with os.fdopen(os.open(file, os.O_RDONLY), "rb") as stream:  # forbidden files too
+            return stream.read()
+
+    return {str(f.relative_to(folder)): content(f) for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
 def options(llama_folder: str, path: str, run: Path) -> list[str]:
@@ -201,6 +252,9 @@ def test_bad_data(
     path = tmp_path / "bad.jsonl"
     if content == "<directory>":
         path.mkdir()
+    elif content == "<forbidden>":
+        path.write_text(lines(*GOOD))
+        forbid(path)
     elif content is not None:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
     code = 2 if any("dataset=zsrre" in option for option in more) else 1
@@ -237,6 +291,7 @@ def test_bad_checkpoint(
 ) -> None:
     run = tmp_path / "run"
     fit(run, llama_folder, {"path": stream_file}, trainer={"max_steps": 2})
+    shutil.copytree(llama_folder, tmp_path / "base")
     more = harm(run)
     before = contents(run)
     refused([*options(llama_folder, stream_file, run), "--ckpt_path=last", *more], 1, said, capsys)
