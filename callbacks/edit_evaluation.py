@@ -10,6 +10,7 @@ from stableedit_pl.curves import log_curves
 from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.encoding import chunks
 from stableedit_pl.errors import SettingError
+from stableedit_pl.lower_outputs import LowerOutputs
 from stableedit_pl.record_encoding import EncodedRecord
 from stableedit_pl.results import write_results
 from stableedit_pl.scoring import KINDS, EditScores, RecordAnswers, ScoringRule
@@ -33,6 +34,8 @@ class EditEvaluation(Callback):
         seed: draws the sample.
         final: score all applied edits at the end; false ends with the sample's scores.
         also_score: further scoring rules for the final scores, listed beside the editor's own.
+        reuse_megabytes: bound on the memory (CPU) in which outputs of the layers below the first site are kept. No edit
+            changes them: a retained score then costs the layers above only. 0 runs all layers every time.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class EditEvaluation(Callback):
         seed: int = 0,
         final: bool = True,
         also_score: list[ScoringRule] | None = None,
+        reuse_megabytes: float = 1024.0,
     ) -> None:
         """See the class.
 
@@ -52,6 +56,10 @@ class EditEvaluation(Callback):
             raise SettingError(f"EditEvaluation.every_n_turns must be at least 1 or null, got {every_n_turns}")
         if sample_size < 1:
             raise SettingError(f"EditEvaluation.sample_size must be at least 1, got {sample_size}")
+        if reuse_megabytes < 0:
+            raise SettingError(f"EditEvaluation.reuse_megabytes must be zero or positive, got {reuse_megabytes}")
+        self.reuse_megabytes = reuse_megabytes
+        self._lower = LowerOutputs(reuse_megabytes)
         self.every_n_turns = every_n_turns
         self.sample_size = sample_size
         self.seed = seed
@@ -86,11 +94,11 @@ class EditEvaluation(Callback):
         rows = stream.sample(self.sample_size, self.seed)
         records = stream.scored(rows)
         with editor.base_weights():
-            base = editor.answer(records)
+            base = editor.answer(records, lower=self._lower)
         self._sample = list(zip(rows, records, base, strict=True))
         if trainer.global_step == 0:
             with editor.base_weights():
-                scores = _mean_scores(editor, records, base)
+                scores = _mean_scores(editor, records, base, self._lower)
             log_curves(trainer, "editing", {f"base_{kind}": value for kind, value in scores.items()})
         self._state["evaluate_seconds"] += time.perf_counter() - started
         if self._due(trainer.global_step) and self._state["last_scored"] < trainer.global_step:
@@ -123,7 +131,7 @@ class EditEvaluation(Callback):
         past = [(record, base) for row, record, base in self._sample if row in applied]
         if past:
             records, base = [record for record, _ in past], [base for _, base in past]
-            scores = _mean_scores(editor, records, base)
+            scores = _mean_scores(editor, records, base, self._lower)
             log_curves(trainer, "editing", {f"retained_{kind}": value for kind, value in scores.items()})
             for kind, value in scores.items():
                 if value is not None:
@@ -141,7 +149,7 @@ class EditEvaluation(Callback):
         rows = list(applied) if self.final else [row for row, _, _ in self._sample if row in applied]
         rules: list[ScoringRule] = [editor.scoring, *(rule for rule in self.also_score if rule != editor.scoring)]
         rank_zero_info(f"Scoring {len(rows)} applied edits with the original and with the final weights ...")
-        by_rule = {rule: score_base_and_retained(editor, stream, rows, rule) for rule in rules}
+        by_rule = {rule: score_base_and_retained(editor, stream, rows, rule, self.reuse_megabytes) for rule in rules}
         self._state["evaluate_seconds"] += time.perf_counter() - started
         base, retained = by_rule[editor.scoring]
         count = self._state["at_edit_count"]
@@ -180,7 +188,7 @@ class EditEvaluation(Callback):
 
 
 def score_base_and_retained(
-    editor: LifelongEditor, stream: EditStream, rows: list[int], rule: ScoringRule
+    editor: LifelongEditor, stream: EditStream, rows: list[int], rule: ScoringRule, reuse_megabytes: float
 ) -> tuple[dict[str, float | None], dict[str, float | None]]:
     """Mean scores of target edits with the original and with the current weights, in pieces of bounded size."""
     if not rows:
@@ -188,18 +196,19 @@ def score_base_and_retained(
     base_scores, retained_scores = EditScores(), EditScores()
     for piece in chunks(rows, stream.evaluation_batch_size):
         records = stream.scored(piece)
+        lower = LowerOutputs(reuse_megabytes)
         with editor.base_weights():
-            base = editor.answer(records, rule)
+            base = editor.answer(records, rule, lower)
             base_scores.update(editor.compare(records, base, base, rule))
-        retained_scores.update(editor.compare(records, editor.answer(records, rule), base, rule))
+        retained_scores.update(editor.compare(records, editor.answer(records, rule, lower), base, rule))
     return base_scores.compute(), retained_scores.compute()
 
 
 def _mean_scores(
-    editor: LifelongEditor, records: list[EncodedRecord], base: list[RecordAnswers]
+    editor: LifelongEditor, records: list[EncodedRecord], base: list[RecordAnswers], lower: LowerOutputs
 ) -> dict[str, float | None]:
     scores = EditScores()
-    scores.update(editor.compare(records, editor.answer(records), base))
+    scores.update(editor.compare(records, editor.answer(records, lower=lower), base))
     return {kind: scores.compute()[kind] for kind in KINDS}
 
 

@@ -77,7 +77,7 @@ def main() -> int:
             step_size=4e-4,
             ridge=10.0,
         )
-        trainer.fit(editor, datamodule=EditStream(path=str(stream), turn_size=turn_size, micro_batch_size=100))
+        trainer.fit(editor, datamodule=EditStream(path=str(stream), turn_size=turn_size, micro_batch_tokens=2048))
     settled = watch.points[len(watch.points) // 5 :]
     x = torch.tensor([edits for edits, _ in settled], dtype=torch.float64)
     y = torch.tensor([megabytes for _, megabytes in settled], dtype=torch.float64)

@@ -39,7 +39,7 @@ def write_config(folder: Path, turn_size: int) -> Path:
             "path": str(folder / "stream.jsonl"),
             "warmup_path": "demo",
             "turn_size": turn_size,
-            "micro_batch_size": turn_size,
+            "micro_batch_tokens": 2048,
         },
         "trainer": {
             "accelerator": "cpu",

@@ -2,19 +2,22 @@
 
 The first edited output is made the leaf of the graph. Layers below it run without one, no weight ever needs
 a gradient, and the gradients come from ``torch.autograd.grad`` with respect to the sites' outputs alone:
-equal, bit for bit, to those of a full backward.
+equal, bit for bit, to those of a full backward. Keys and gradients are cut to the answer tokens as they pass.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stableedit_pl.encoding import Batch, Encoding, chunks, collate
+from stableedit_pl.encoding import Batch, Encoding, collate
+from stableedit_pl.micro_batches import MicroBatches
+from stableedit_pl.partial_forward import PartialForward
 from stableedit_pl.sites import Site
 from stableedit_pl.statistics import Rows
 
@@ -22,34 +25,59 @@ LossReduction = Literal["token_sum", "micro_batch_mean"]
 
 
 @dataclass
-class Tap:
-    """A site's input and output in the forward pass that ran last.
+class Taps:
+    """What the hooks at the sites saw in the forward and backward pass that ran last.
 
     Attributes:
-        inputs: ``[edits, length, d_in]``, detached.
-        output: ``[edits, length, d_out]``, part of the graph.
+        batch: the pass's encodings; set it before the forward pass.
+        keys: site name to its inputs at the answer tokens, ``[N, d_in]``, detached.
+        starts: outputs in which the graph begins.
+        gradients: site name to the gradient at its outputs at the answer tokens, ``[N, d_out]``, after the backward.
     """
 
-    inputs: Tensor
-    output: Tensor
+    batch: Batch | None = None
+    keys: dict[str, Tensor] = field(default_factory=dict)
+    starts: list[Tensor] = field(default_factory=list)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+    def begin(self, batch: Batch) -> None:
+        """Forget the pass before."""
+        self.batch = batch
+        self.keys, self.starts, self.gradients = {}, [], {}
+
+    def see(self, name: str, inputs: Tensor, output: Tensor) -> None:
+        """Take a site's keys, and have its gradients taken."""
+        assert self.batch is not None
+        if name in self.keys:
+            raise RuntimeError(f"site {name} runs twice in one forward pass: such a shared layer cannot be edited")
+        if not output.requires_grad:
+            output.requires_grad_(True)
+        # Above the first site outputs depend on it, and the backward pass for it comes past them. Where weights have
+        # gradients of their own no output is a leaf, and each is asked for.
+        if output.is_leaf or not any(start.is_leaf for start in self.starts):
+            self.starts.append(output)
+        answers = self.batch.on(output.device)
+        self.keys[name] = inputs.detach()[answers]
+        gradients = self.gradients
+
+        def take(gradient: Tensor) -> None:
+            gradients[name] = gradient[answers]
+
+        output.register_hook(take)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def tapped(sites: Sequence[Site]) -> Iterator[dict[str, Tap]]:
-    """Record the sites' inputs and outputs while the context lasts; the hooks are gone afterwards, always.
+def tapped(sites: Sequence[Site]) -> Iterator[Taps]:
+    """Record what passes the sites while the context lasts; the hooks are gone afterwards, always.
 
     Yields:
-        Site name to its tap, filled by a forward pass; clear it before the next.
+        What was seen; call its ``begin`` before each forward pass.
     """
-    taps: dict[str, Tap] = {}
+    taps = Taps()
 
     def hook_for(name: str) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if name in taps:
-                raise RuntimeError(f"site {name} runs twice in one forward pass: such a shared layer cannot be edited")
-            if not output.requires_grad:
-                output.requires_grad_(True)
-            taps[name] = Tap(inputs[0].detach(), output)
+            taps.see(name, inputs[0], output)
 
         return hook
 
@@ -63,19 +91,50 @@ def tapped(sites: Sequence[Site]) -> Iterator[dict[str, Tap]]:
             handle.remove()
 
 
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass of a turn, for asking the same prompts again.
+
+    Attributes:
+        members: which of the turn's edits.
+        batch: their encodings.
+        lower: output of the layers below the first site; None where it is not kept.
+    """
+
+    members: tuple[int, ...]
+    batch: Batch
+    lower: Tensor | None
+
+
 @dataclass
 class Captured:
     """What one turn's forward and backward gave.
 
     Attributes:
         rows: site name to its keys and value gradients, float32, rows in the order of the turn's edits.
-        losses: cross entropy summed over each edit's answer tokens before the turn, one float per edit.
-        correct: fraction of each edit's answer tokens that the model already predicted, one float per edit.
+        measured: per edit, cross entropy summed over its answer tokens before the turn, and the fraction of its answer
+            tokens that the model already predicted: float32 ``[2, edits]``, on the device. Reading it waits for the
+            device.
+        passes: the forward passes.
     """
 
     rows: dict[str, Rows]
-    losses: list[float] = field(default_factory=list)
-    correct: list[float] = field(default_factory=list)
+    measured: Tensor
+    passes: list[Pass] = field(default_factory=list)
+
+    @cached_property
+    def _read(self) -> list[list[float]]:
+        return self.measured.tolist()  # type: ignore[no-any-return]
+
+    @property
+    def losses(self) -> list[float]:
+        """Each edit's summed loss before the turn."""
+        return self._read[0]
+
+    @property
+    def correct(self) -> list[float]:
+        """Fraction of each edit's answer tokens that the model already predicted."""
+        return self._read[1]
 
     @property
     def mean_loss(self) -> float:
@@ -84,20 +143,20 @@ class Captured:
 
 
 def capture(
-    model: nn.Module,
+    forward: PartialForward,
     sites: Sequence[Site],
     encodings: Sequence[Encoding],
-    micro_batch_size: int,
+    micro_batches: MicroBatches,
     pad_id: int,
     loss_reduction: LossReduction = "token_sum",
 ) -> Captured:
     """Run the turn's edits through the model and keep what the update needs.
 
     Args:
-        model: frozen causal language model in eval mode, called as ``model(input_ids, attention_mask)``.
+        forward: runs the frozen model, which is in eval mode.
         sites: where to capture.
         encodings: the turn's edits, in order.
-        micro_batch_size: edits per forward pass. With ``token_sum`` the result does not depend on it.
+        micro_batches: which edits go together. With ``token_sum`` the result does not depend on it.
         pad_id: fills padding.
         loss_reduction: ``token_sum``, each answer token's own gradient, or ``micro_batch_mean``, the gradient of
             the mean over a micro-batch's answer tokens (the published program).
@@ -108,54 +167,75 @@ def capture(
     Raises:
         RuntimeError: if a site takes no part in the forward pass or in the loss.
     """
-    device = next(model.parameters()).device
     keys: dict[str, list[Tensor]] = {site.name: [] for site in sites}
     gradients: dict[str, list[Tensor]] = {site.name: [] for site in sites}
-    losses: list[Tensor] = []
-    correct: list[Tensor] = []
+    measured: list[Tensor] = []
+    passes: list[Pass] = []
     with torch.inference_mode(False), torch.enable_grad(), tapped(sites) as taps:
-        for piece in chunks(encodings, micro_batch_size):
-            batch = collate(piece, pad_id, device)
-            taps.clear()
-            output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-            missing = [site.name for site in sites if site.name not in taps]
+        for members in micro_batches:
+            batch = collate([encodings[i] for i in members], pad_id, forward.device)
+            taps.begin(batch)
+            logits, lower = forward.logits_and_lower(batch)
+            passes.append(Pass(members, batch, lower))
+            missing = [site.name for site in sites if site.name not in taps.keys]
             if missing:
                 raise RuntimeError(
                     f"no input was seen at {', '.join(missing)}: the model's forward pass skips them, or it is "
                     "compiled (torch.compile drops hooks; edit the uncompiled model)"
                 )
-            loss, token_losses, hits = answer_loss(output.logits, batch, loss_reduction)
-            outputs = [taps[site.name].output for site in sites]
-            for site, gradient in zip(sites, torch.autograd.grad(loss, outputs), strict=True):
-                answers = batch.answers.to(gradient.device)
-                keys[site.name].append(taps[site.name].inputs[answers].float())
-                gradients[site.name].append(gradient[answers].float())
-            losses.append(token_losses.sum(dim=1))
-            correct.append(hits.sum(dim=1) / batch.answers.to(hits.device).sum(dim=1))
-            del output, loss, outputs
-    rows = {site.name: Rows(torch.cat(keys[site.name]), torch.cat(gradients[site.name])) for site in sites}
-    return Captured(rows, torch.cat(losses).tolist(), torch.cat(correct).tolist())
+            loss, losses, correct = answer_loss(logits, batch, loss_reduction)
+            del logits
+            torch.autograd.grad(loss, taps.starts, allow_unused=True)
+            unused = [site.name for site in sites if site.name not in taps.gradients]
+            if unused:
+                raise RuntimeError(f"the loss does not depend on {', '.join(unused)}: an edit there would do nothing")
+            for site in sites:
+                keys[site.name].append(taps.keys[site.name].float())
+                gradients[site.name].append(taps.gradients[site.name].float())
+            measured.append(torch.stack([losses, correct]))
+            del loss, losses, correct
+    rows = _row_order(encodings, micro_batches)
+    edits = torch.tensor([i for members in micro_batches for i in members])
+    return Captured(
+        {site.name: Rows(_sorted(keys[site.name], rows), _sorted(gradients[site.name], rows)) for site in sites},
+        _sorted([part.T for part in measured], edits.argsort()).T,
+        passes,
+    )
+
+
+def _row_order(encodings: Sequence[Encoding], micro_batches: MicroBatches) -> Tensor:
+    """Where the rows of the turn's edits, in order, stand among the rows of the micro-batches, in order."""
+    owners = [i for members in micro_batches for i in members for _ in encodings[i].target_ids]
+    return torch.tensor(owners).argsort(stable=True)
+
+
+def _sorted(parts: list[Tensor], order: Tensor) -> Tensor:
+    rows = torch.cat(parts)
+    if rows.device.type == "cuda":
+        order = order.pin_memory().to(rows.device, non_blocking=True)
+    return rows[order.to(rows.device)]
 
 
 def answer_loss(logits: Tensor, batch: Batch, loss_reduction: LossReduction) -> tuple[Tensor, Tensor, Tensor]:
     """Cross entropy at the answer tokens.
 
     Args:
-        logits: ``[edits, length, vocabulary]``.
+        logits: at the answer tokens, ``[N, vocabulary]``.
         batch: the encodings they belong to.
         loss_reduction: sum over answer tokens, or their mean.
 
     Returns:
-        The scalar to differentiate; the loss per position, float32 ``[edits, length]``, zero off the answer
-        tokens; and whether each position's answer token is the model's first choice, float32 ``[edits, length]``.
+        The scalar to differentiate; each edit's loss summed over its answer tokens, float32 ``[edits]``; and the
+        fraction of its answer tokens that are the model's first choice, float32 ``[edits]``.
     """
-    answers = batch.answers.to(logits.device)
-    labels = batch.labels.to(logits.device)[answers]
-    rows = logits[answers].float()
-    token_loss = F.cross_entropy(rows, labels, reduction="none")
+    answers, labels = batch.on(logits.device), batch.labels.to(logits.device)
+    wanted, rows = labels[answers], logits.float()
+    token_loss = F.cross_entropy(rows, wanted, reduction="none")
     total = token_loss.sum() if loss_reduction == "token_sum" else token_loss.mean()
-    per_position = torch.zeros(answers.shape, dtype=torch.float32, device=logits.device)
-    per_position[answers] = token_loss.detach()
-    hits = torch.zeros(answers.shape, dtype=torch.float32, device=logits.device)
-    hits[answers] = (rows.argmax(dim=-1) == labels).float()
-    return total, per_position, hits
+    # Spread over positions before summing: adding rows that share an edit in place is not deterministic on a GPU.
+    spread = torch.zeros((3, *labels.shape), dtype=torch.float32, device=logits.device)
+    spread[0][answers] = token_loss.detach()
+    spread[1][answers] = (rows.detach().argmax(dim=-1) == wanted).float()
+    spread[2][answers] = 1.0
+    losses, hits, counts = spread.sum(dim=2)
+    return total, losses, hits / counts

@@ -10,6 +10,8 @@ from lightning.pytorch import LightningModule
 from stableedit_pl.encoding import Encoder
 from stableedit_pl.errors import SettingError, require_choice
 from stableedit_pl.loading import ModelDtype, context_length, load_language_model, load_tokenizer
+from stableedit_pl.lower_outputs import LowerOutputs
+from stableedit_pl.partial_forward import PartialForward
 from stableedit_pl.record_encoding import EncodedRecord, ScoredPiece
 from stableedit_pl.scoring import EditScores, RecordAnswers, Scorer, ScoringRule, answer_records, score_records
 from stableedit_pl.sites import Site, resolve_sites
@@ -59,6 +61,7 @@ class EditableModel(LightningModule):
         self.sites: list[Site] = []
         self.edits_loaded = False
         self._tokenizer: Any = None
+        self._partial_forward: PartialForward | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -114,12 +117,30 @@ class EditableModel(LightningModule):
 
     def scorer(self, rule: ScoringRule | None = None) -> Scorer:
         """Asks this model, by ``rule`` or the editor's own."""
-        return Scorer(self.model, rule or self.scoring, self.scoring_batch_size, self.pad_id)
+        return Scorer(self.partial_forward, rule or self.scoring, self.scoring_batch_size, self.pad_id)
 
-    def answer(self, records: Sequence[EncodedRecord], rule: ScoringRule | None = None) -> list[RecordAnswers]:
-        """This model's answers to all prompts of the edits."""
+    @property
+    def partial_forward(self) -> PartialForward:
+        """The forward pass without what nobody needs, as far as this model allows."""
+        if self._partial_forward is None:
+            self._partial_forward = PartialForward.tried(self.model, self.sites)
+        return self._partial_forward
+
+    def answer(
+        self,
+        records: Sequence[EncodedRecord],
+        rule: ScoringRule | None = None,
+        lower: LowerOutputs | None = None,
+    ) -> list[RecordAnswers]:
+        """This model's answers to all prompts of the edits.
+
+        Args:
+            records: the edits.
+            rule: the editor's own by default.
+            lower: takes and gives the outputs of layers that no edit changes, for prompts that are asked repeatedly.
+        """
         with self.forward_context():
-            return answer_records(self.scorer(rule), records)
+            return answer_records(self.scorer(rule), records, lower)
 
     def compare(
         self,

@@ -178,15 +178,15 @@ class LifelongEditor(EditableModel):
         started = time.perf_counter()
         self._turn = turn
         self._captured = capture(
-            self.model,
+            self.partial_forward,
             self.sites,
             [edit.encoding for edit in turn.edits],
-            turn.micro_batch_size,
+            turn.micro_batches,
             self.pad_id,
             self.loss_reduction,
         )
         self._capture_seconds = time.perf_counter() - started
-        return torch.tensor(self._captured.mean_loss, dtype=torch.float32)
+        return self._captured.measured[0].mean()
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Nothing: ``training_step`` took the gradients it needs."""
@@ -199,7 +199,7 @@ class LifelongEditor(EditableModel):
         started = time.perf_counter()
         losses_after, scores = self._captured.losses, None
         if step.last.plan.updates:
-            losses_after, scores = self._at_edit(self._turn)
+            losses_after, scores = self._at_edit(self._turn, self._captured)
         seconds = {"capture": self._capture_seconds, **step.last.seconds, "score": time.perf_counter() - started}
         self.report = TurnReport(
             turn=self._turn,
@@ -218,12 +218,12 @@ class LifelongEditor(EditableModel):
         settings = self.settings if override is None else replace(self.settings, normalization=override)
         return StepInput(self._captured, settings, self._turn.update_weights)
 
-    def _at_edit(self, turn: Turn) -> tuple[list[float], list[float]]:
+    def _at_edit(self, turn: Turn, captured: Captured) -> tuple[list[float], list[float]]:
         """Losses and scores of the turn's own edits right after it."""
         scorer = self.scorer()
         encodings = [edit.encoding for edit in turn.edits]
         with self.forward_context():
-            forced = scorer.teacher_forced(encodings)
+            forced = scorer.again(captured.passes)
             answers = scorer.answers(encodings) if self.scoring == "greedy_match" else forced
         scores = [
             match(answer.tokens, tuple(encoding.target_ids), self.scoring)

@@ -10,6 +10,7 @@ Vocabulary used by every other file:
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -56,11 +57,18 @@ class Batch:
         input_ids: int64 ``[edits, length]``.
         attention_mask: int64 ``[edits, length]``, 0 on padding.
         labels: int64 ``[edits, length]``, ``IGNORED`` away from answer tokens.
+        rows: edit and position of each answer token, int64 ``[N]`` each, row by row. Selecting with them, unlike with a
+            mask, needs no answer from the device.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    rows: tuple[Tensor, Tensor]
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``rows`` on a device, as an index: ``hidden[batch.on(hidden.device)]``."""
+        return self.rows[0].to(device), self.rows[1].to(device)
 
     @property
     def answers(self) -> Tensor:
@@ -147,15 +155,24 @@ def collate(encodings: Sequence[Encoding], pad_id: int, device: torch.device | s
         The batch, int64 ``[len(encodings), longest]``.
     """
     longest = max(len(encoding.input_ids) for encoding in encodings)
-    input_ids = torch.full((len(encodings), longest), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros((len(encodings), longest), dtype=torch.int64)
-    labels = torch.full((len(encodings), longest), IGNORED, dtype=torch.int64)
+    input_ids, attention_mask, labels = [], [], []
+    edits, positions = [], []
     for row, encoding in enumerate(encodings):
-        n = len(encoding.input_ids)
-        input_ids[row, :n] = torch.tensor(encoding.input_ids)
-        attention_mask[row, :n] = 1
-        labels[row, :n] = torch.tensor(encoding.labels)
-    return Batch(input_ids.to(device), attention_mask.to(device), labels.to(device))
+        padding = longest - len(encoding.input_ids)
+        input_ids.append([*encoding.input_ids, *[pad_id] * padding])
+        attention_mask.append([1] * len(encoding.input_ids) + [0] * padding)
+        labels.append([*encoding.labels, *[IGNORED] * padding])
+        answers = [at for at, label in enumerate(encoding.labels) if label != IGNORED]
+        edits += [row] * len(answers)
+        positions += answers
+    move = partial(_moved, device=torch.device(device))
+    return Batch(move(input_ids), move(attention_mask), move(labels), (move(edits), move(positions)))
+
+
+def _moved(values: list[Any], device: torch.device) -> Tensor:
+    """Integers on a device; from page-locked memory, so that nobody waits for the copy."""
+    tensor = torch.tensor(values, dtype=torch.int64)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:

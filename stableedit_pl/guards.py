@@ -24,7 +24,7 @@ def _rules(trainer: Any) -> list[tuple[bool, str]]:
         (
             trainer.accumulate_grad_batches != 1,
             f"accumulate_grad_batches={trainer.accumulate_grad_batches} would delay turns; "
-            "use data.turn_size for the edits of a turn and data.micro_batch_size for memory.",
+            "use data.turn_size for the edits of a turn and data.micro_batch_tokens for memory.",
         ),
         (
             trainer.gradient_clip_val is not None,

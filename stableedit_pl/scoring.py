@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 from transformers import GenerationConfig
 
-from stableedit_pl.capture import answer_loss
-from stableedit_pl.encoding import Encoding, chunks, collate
+from stableedit_pl.capture import Pass, answer_loss
+from stableedit_pl.encoding import Batch, Encoding, chunks, collate
+from stableedit_pl.lower_outputs import LowerOutputs
+from stableedit_pl.micro_batches import by_length
+from stableedit_pl.partial_forward import PartialForward
 from stableedit_pl.record_encoding import EncodedRecord
 
 ScoringRule = Literal["token_match", "exact_match", "greedy_match"]
@@ -54,45 +57,69 @@ def match(answer: Ids, expected: Ids, rule: ScoringRule) -> float:
 
 
 class Scorer:
-    """Asks a model, in batches sorted by length.
+    """Asks a model, in batches of similar length.
 
     Args:
-        model: causal language model in eval mode.
+        forward: runs the causal language model, which is in eval mode.
         rule: how answers are scored.
-        batch_size: prompts per forward pass.
+        batch_size: most prompts per forward pass.
         pad_id: fills padding.
     """
 
-    def __init__(self, model: Any, rule: ScoringRule, batch_size: int, pad_id: int) -> None:
+    def __init__(self, forward: PartialForward, rule: ScoringRule, batch_size: int, pad_id: int) -> None:
         """See the class."""
-        self.model = model
+        self.forward = forward
+        self.model = forward.model
         self.rule = rule
         self.batch_size = batch_size
         self.pad_id = pad_id
 
-    def answers(self, encodings: Sequence[Encoding]) -> list[Answer]:
-        """The model's answers, in the order of ``encodings``."""
+    def answers(self, encodings: Sequence[Encoding], lower: LowerOutputs | None = None) -> list[Answer]:
+        """The model's answers, in the order of ``encodings``.
+
+        Args:
+            encodings: prompts with their targets.
+            lower: takes and gives the layers' outputs that no edit changes; ``generate`` cannot use them.
+        """
         with torch.no_grad():
-            return self._decoded(encodings) if self.rule == "greedy_match" else self.teacher_forced(encodings)
+            return self._decoded(encodings) if self.rule == "greedy_match" else self.teacher_forced(encodings, lower)
 
     @torch.no_grad()
-    def teacher_forced(self, encodings: Sequence[Encoding]) -> list[Answer]:
+    def teacher_forced(self, encodings: Sequence[Encoding], lower: LowerOutputs | None = None) -> list[Answer]:
         """Answers with the target fed in, whatever the rule; they carry the loss."""
-        order = sorted(range(len(encodings)), key=lambda i: len(encodings[i].input_ids))
         answers: list[Answer] = [Answer(())] * len(encodings)
-        device = _device(self.model)
-        for piece in chunks(order, self.batch_size):
-            batch = collate([encodings[i] for i in piece], self.pad_id, device)
-            logits = self.model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-            _, token_losses, _ = answer_loss(logits, batch, "token_sum")
-            where = batch.answers.to(logits.device)
-            predicted = logits[where].argmax(dim=-1).tolist()
-            counts = where.sum(dim=1).tolist()
-            at = 0
-            for i, count, loss in zip(piece, counts, token_losses.sum(dim=1).tolist(), strict=True):
-                answers[i] = Answer(tuple(predicted[at : at + count]), loss)
-                at += count
+        for members in by_length([len(encoding.input_ids) for encoding in encodings], size=self.batch_size):
+            piece = [encodings[i] for i in members]
+            batch = collate(piece, self.pad_id, self.forward.device)
+            known = None if lower is None else lower.find(piece, self.forward.device)
+            if lower is None or known is not None:
+                logits = self.forward.logits(batch, known)
+            else:
+                logits, output = self.forward.logits_and_lower(batch)
+                if output is not None:
+                    lower.keep(piece, output)
+            self._read(members, batch, logits, answers)
         return answers
+
+    @torch.no_grad()
+    def again(self, passes: Sequence[Pass]) -> list[Answer]:
+        """Teacher-forced answers to a turn's edits after it; layers below the first site are not run again."""
+        answers: list[Answer] = [Answer(())] * sum(len(done.members) for done in passes)
+        for done in passes:
+            logits = self.forward.logits(done.batch, done.lower)
+            self._read(done.members, done.batch, logits, answers)
+        return answers
+
+    @staticmethod
+    def _read(members: Sequence[int], batch: Batch, logits: Tensor, answers: list[Answer]) -> None:
+        """Put a pass's answers in their places."""
+        losses = answer_loss(logits, batch, "token_sum")[1].tolist()
+        owners, predicted = batch.rows[0].tolist(), logits.argmax(dim=-1).tolist()
+        tokens: list[list[int]] = [[] for _ in members]
+        for owner, token in zip(owners, predicted, strict=True):
+            tokens[owner].append(token)
+        for i, given, loss in zip(members, tokens, losses, strict=True):
+            answers[i] = Answer(tuple(given), loss)
 
     def _decoded(self, encodings: Sequence[Encoding]) -> list[Answer]:
         """Greedy continuations as long as each target. Prompts of one length go together: no padding at all."""
@@ -102,7 +129,7 @@ class Scorer:
             by_length.setdefault(encoding.prompt_length, []).append(i)
         for length, members in sorted(by_length.items()):
             for piece in chunks(members, self.batch_size):
-                prompts = torch.tensor([encodings[i].input_ids[:length] for i in piece], device=_device(self.model))
+                prompts = torch.tensor([encodings[i].input_ids[:length] for i in piece], device=self.forward.device)
                 wanted = [len(encodings[i].target_ids) + len(encodings[i].skipped) for i in piece]
                 written = greedy(self.model, prompts, max(wanted), self.pad_id).tolist()
                 for i, tokens in zip(piece, written, strict=True):
@@ -152,10 +179,12 @@ class RecordAnswers:
     specificity: tuple[Answer, ...]
 
 
-def answer_records(scorer: Scorer, records: Sequence[EncodedRecord]) -> list[RecordAnswers]:
-    """Ask all prompts of all edits, batched together."""
+def answer_records(
+    scorer: Scorer, records: Sequence[EncodedRecord], lower: LowerOutputs | None = None
+) -> list[RecordAnswers]:
+    """Ask all prompts of all edits, batched together; ``lower`` as in :meth:`Scorer.answers`."""
     encodings = [e for r in records for e in (r.efficacy, *r.generalization, *r.specificity)]
-    given = iter(scorer.answers(encodings))
+    given = iter(scorer.answers(encodings, lower))
     return [
         RecordAnswers(
             next(given),
@@ -236,7 +265,3 @@ class EditScores(Metric):
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

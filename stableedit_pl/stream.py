@@ -15,6 +15,7 @@ from stableedit_pl.encoding import Encoder, chunks
 from stableedit_pl.errors import SettingError
 from stableedit_pl.loaders import ScoredPieces, TurnLoader, as_is
 from stableedit_pl.loading import DEMO
+from stableedit_pl.micro_batches import Batching
 from stableedit_pl.readers import file_checksum, read_records
 from stableedit_pl.record_encoding import EncodedRecord, RecordEncoder
 from stableedit_pl.records import EditRecord
@@ -34,7 +35,10 @@ class EditStream(LightningDataModule):
         dataset: format of ``path`` and ``warmup_path``.
         warmup_path: file of the warm-up stream, used by the WarmUp callback; ``demo`` for the shipped one.
         turn_size: edits applied together in one turn.
-        micro_batch_size: edits per forward pass inside a turn; changes memory, not results.
+        micro_batch_tokens: tokens per forward pass inside a turn, padding included; changes memory, not results. Edits
+            of similar length go together.
+        micro_batch_size: most edits per forward pass; null for no limit but the tokens. With ``loss_reduction:
+            micro_batch_mean`` it is part of the method: consecutive pieces of exactly so many edits.
         max_edits: use only the first so many edits of ``path``.
         edit_order: order inside a turn: as in the file, or by decreasing encoded length (the published program).
         count_bare_space: score the lone space token that some sentencepiece tokenizers put before a target, as
@@ -51,7 +55,8 @@ class EditStream(LightningDataModule):
         dataset: Dataset = "edits",
         warmup_path: str | None = None,
         turn_size: int = 100,
-        micro_batch_size: int = 10,
+        micro_batch_tokens: int = 1024,
+        micro_batch_size: int | None = None,
         max_edits: int | None = None,
         edit_order: Literal["file", "longest_first"] = "file",
         count_bare_space: bool = False,
@@ -69,7 +74,8 @@ class EditStream(LightningDataModule):
         self.save_hyperparameters()
         sizes = {
             "turn_size": turn_size,
-            "micro_batch_size": micro_batch_size,
+            "micro_batch_tokens": micro_batch_tokens,
+            "micro_batch_size": 1 if micro_batch_size is None else micro_batch_size,
             "evaluation_batch_size": evaluation_batch_size,
             "validation_size": validation_size,
             "max_edits": 1 if max_edits is None else max_edits,
@@ -79,7 +85,8 @@ class EditStream(LightningDataModule):
                 raise SettingError(f"data.{name} must be at least 1, got {value}")
         self.path, self.dataset = path, dataset
         self.warmup_path = warmup_path
-        self.turn_size, self.micro_batch_size = turn_size, micro_batch_size
+        self.turn_size = turn_size
+        self.micro_batch_tokens, self.micro_batch_size = micro_batch_tokens, micro_batch_size
         self.max_edits = max_edits
         self.edit_order = edit_order
         self.count_bare_space = count_bare_space
@@ -174,7 +181,7 @@ class EditStream(LightningDataModule):
         build = TurnBuilder(
             {"edit": self.target, "warmup": self.warmup},
             {"edit": self.target_encoder, "warmup": self._record_encoder(warmup_file)},
-            self.micro_batch_size,
+            Batching(self.micro_batch_tokens, self.micro_batch_size, self._averages_micro_batches()),
             self.edit_order == "longest_first",
             schedule.warm_up,
         )
@@ -216,7 +223,13 @@ class EditStream(LightningDataModule):
 
     def _averages_micro_batches(self) -> bool:
         editor = getattr(self.trainer, "lightning_module", None)
-        return getattr(editor, "loss_reduction", "token_sum") == "micro_batch_mean"
+        averages = getattr(editor, "loss_reduction", "token_sum") == "micro_batch_mean"
+        if averages and self.micro_batch_size is None:
+            raise SettingError(
+                "model.loss_reduction micro_batch_mean averages over each micro-batch, so that its size is part of the "
+                "method: set data.micro_batch_size (the published program: 10)"
+            )
+        return averages
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Hold this stream against the one a run began with; scoring another stream is fine.

@@ -11,6 +11,7 @@ from typing import Literal
 from torch.utils.data import Dataset, Sampler
 
 from stableedit_pl.encoding import Encoding
+from stableedit_pl.micro_batches import MicroBatches
 from stableedit_pl.normalization import Normalization
 from stableedit_pl.records import EditRecord
 
@@ -38,7 +39,7 @@ class Turn:
         index: 0-based position in the stream, warm-up turns included.
         phase: ``warmup`` or ``edit``.
         edits: in the order in which they are captured.
-        micro_batch_size: edits per forward pass.
+        micro_batches: which edits go through the model together.
         update_weights: False for a warm-up turn that only feeds the statistics.
         normalization: what this turn uses instead of the editor's own; None for the editor's own.
     """
@@ -48,7 +49,7 @@ class Turn:
         index: int,
         phase: Phase,
         edits: tuple[EncodedEdit, ...],
-        micro_batch_size: int,
+        micro_batches: MicroBatches,
         update_weights: bool = True,
         normalization: Normalization | None = None,
     ) -> None:
@@ -56,7 +57,7 @@ class Turn:
         self.index = index
         self.phase: Phase = phase
         self.edits = edits
-        self.micro_batch_size = micro_batch_size
+        self.micro_batches = micro_batches
         self.update_weights = update_weights
         self.normalization = normalization
 
@@ -203,7 +204,7 @@ class TurnBuilder:
     Args:
         records: phase to the records of its stream.
         encoders: phase to what encodes its records.
-        micro_batch_size: edits per forward pass.
+        batching: makes a turn's micro-batches of its edits' lengths in tokens.
         longest_first: sort a turn's edits by decreasing encoded length (stable).
         warm_up: how warm-up turns are treated.
     """
@@ -212,14 +213,14 @@ class TurnBuilder:
         self,
         records: Mapping[Phase, Sequence[EditRecord]],
         encoders: Mapping[Phase, Callable[[EditRecord], Encoding]],
-        micro_batch_size: int,
+        batching: Callable[[Sequence[int]], MicroBatches],
         longest_first: bool,
         warm_up: WarmUpSettings,
     ) -> None:
         """See the class."""
         self.records = records
         self.encoders = encoders
-        self.micro_batch_size = micro_batch_size
+        self.batching = batching
         self.longest_first = longest_first
         self.warm_up = warm_up
 
@@ -229,13 +230,14 @@ class TurnBuilder:
         edits = [EncodedEdit(records[row], encode(records[row])) for row in slot.rows]
         if self.longest_first:
             edits.sort(key=lambda edit: len(edit.encoding.input_ids), reverse=True)
+        micro_batches = self.batching([len(edit.encoding.input_ids) for edit in edits])
         if slot.phase == "edit":
-            return Turn(index, "edit", tuple(edits), self.micro_batch_size)
+            return Turn(index, "edit", tuple(edits), micro_batches)
         return Turn(
             index,
             "warmup",
             tuple(edits),
-            self.micro_batch_size,
+            micro_batches,
             update_weights=self.warm_up.mode == "edit",
             normalization=self.warm_up.normalization,
         )

@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from stableedit_pl.callbacks import (
 from stableedit_pl.callbacks.device_placement import existing_device
 from stableedit_pl.callbacks.statistics_checkpoint import describe_statistics
 from stableedit_pl.errors import SettingError
+from stableedit_pl.partial_forward import PartialForward
 
 # ---- WarmUp
 
@@ -149,6 +151,38 @@ def test_evaluation_does_not_change_the_run(tmp_path: Path, llama_folder: str, s
 
 
 # ---- StabilityMonitor
+
+
+def test_reused_lower_layers_change_no_score(
+    tmp_path: Path, llama_folder: str, stream_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Base, at-edit and retained scores, and losses after, against runs in which every layer runs every time."""
+
+    def run(name: str, megabytes: float) -> tuple[int, dict[str, Any]]:
+        passes: list[int] = []
+        forward = PartialForward.logits
+        monkeypatch.setattr(
+            PartialForward,
+            "logits",
+            lambda self, batch, lower=None: passes.append(lower is None) or forward(self, batch, lower),
+        )
+        evaluation = EditEvaluation(every_n_turns=1, sample_size=12, reuse_megabytes=megabytes)
+        fit(tmp_path / name, llama_folder, {"path": stream_file}, callbacks=[evaluation])
+        monkeypatch.setattr(PartialForward, "logits", forward)
+        scores = {k: v for k, v in results(tmp_path / name).items() if k in ("base", "at_edit", "retained")}
+        after = [line["loss_after"] for line in ledger(tmp_path / name)]
+        editing = {tag: points for tag, points in curves(tmp_path / name).items() if tag.startswith("editing/re")}
+        return sum(passes), {"scores": scores, "after": after, "curves": editing}
+
+    in_full, everything = run("plain", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr("stableedit_pl.partial_forward._layers_below", lambda model, sites: ())
+        _, never = run("never", 0)
+    fewer, reused = run("reused", 100)
+    assert 0 < fewer < 0.6 * in_full  # the captures, and every prompt once
+    assert reused["scores"] == everything["scores"] == never["scores"]
+    assert reused["curves"] == everything["curves"] == never["curves"]
+    assert reused["after"] == pytest.approx(never["after"], rel=1e-4)
 
 
 def test_stability_curves_equal_dense_recomputation(tmp_path: Path, llama_bf16_folder: str, stream_file: str) -> None:

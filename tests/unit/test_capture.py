@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 from tiny import GPT2_SITE, LLAMA_SITE, relative_difference, tiny_gpt2, tiny_llama, word_tokenizer
 from torch import nn
 
-from stableedit_pl.capture import Captured, answer_loss, capture, tapped
+from stableedit_pl.capture import Captured, answer_loss, tapped
+from stableedit_pl.capture import capture as capture_with
 from stableedit_pl.encoding import Encoder, Encoding, collate
+from stableedit_pl.micro_batches import in_order
+from stableedit_pl.partial_forward import PartialForward
 from stableedit_pl.sites import Site, resolve_sites
 
 LLAMA_SITES = ["model.layers.0.mlp.down_proj", LLAMA_SITE]
@@ -38,6 +41,13 @@ def frozen(kind: str, count: int = 2) -> tuple[Any, list[Site]]:
 def encoded(edits: list[tuple[str, str]] = EDITS) -> list[Encoding]:
     encoder = Encoder(TOKENIZER)
     return [encoder.encode(prompt, target) for prompt, target in edits]
+
+
+def capture(
+    model: Any, sites: list[Site], encodings: list[Encoding], micro: int, pad: int, *reduction: Any
+) -> Captured:
+    """Consecutive micro-batches of ``micro`` edits, everything made and selected."""
+    return capture_with(PartialForward(model), sites, encodings, in_order(len(encodings), micro), pad, *reduction)
 
 
 def by_reference(model: Any, sites: list[Site], reduction: Any, micro: int) -> tuple[Any, list[float]]:
@@ -130,7 +140,7 @@ def test_gradients_are_those_of_a_full_backward_bit_for_bit() -> None:
     outputs = {}
     handles = [s.module.register_forward_hook(lambda m, i, o, n=s.name: outputs.update({n: o})) for s in sites]
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    loss = answer_loss(logits, batch, "token_sum")[0]
+    loss = answer_loss(logits[batch.answers], batch, "token_sum")[0]
     full = torch.autograd.grad(loss, [outputs[site.name] for site in sites])
     for handle in handles:
         handle.remove()
@@ -271,12 +281,13 @@ def test_the_answer_loss_by_hand() -> None:
     encodings = [Encoding((0, 1, 1), (-100, 0, 0), 2), Encoding((1,), (1,), 1)]
     batch = collate(encodings, 0)
     a, b, c = (torch.log1p(torch.tensor(x).exp()).item() for x in (-2.0, 3.0, -1.0))
-    total, per_position, hits = answer_loss(logits, batch, "token_sum")
+    logits = logits[batch.answers]
+    total, losses, correct = answer_loss(logits, batch, "token_sum")
     assert total.item() == pytest.approx(a + b + c)
-    assert torch.allclose(per_position, torch.tensor([[0.0, a, b], [c, 0.0, 0.0]]))
-    assert hits.tolist() == [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
+    assert losses.tolist() == pytest.approx([a + b, c])
+    assert correct.tolist() == [0.5, 1.0]
     assert answer_loss(logits, batch, "micro_batch_mean")[0].item() == pytest.approx((a + b + c) / 3)
 
 
 def test_mean_loss_is_over_edits() -> None:
-    assert Captured({}, [1.0, 2.0, 6.0]).mean_loss == 3.0
+    assert Captured({}, torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 0.0]])).mean_loss == 3.0

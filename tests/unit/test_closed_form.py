@@ -36,7 +36,7 @@ class Bench:
             )
             for site in self.sites
         }
-        return StepInput(Captured(rows, [1.0, 2.0, 3.0], [correct] * 3), SETTINGS, update_weights)
+        return StepInput(Captured(rows, torch.tensor([[1.0, 2.0, 3.0], [correct] * 3])), SETTINGS, update_weights)
 
     def step(self, given: StepInput | None = None) -> Any:
         self.next = given or self.next

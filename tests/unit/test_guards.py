@@ -67,7 +67,7 @@ def test_what_a_stream_can_use_passes(changes: dict[str, Any], tmp_path: Path) -
 @pytest.mark.parametrize(
     ("changes", "names", "instead"),
     [
-        ({"accumulate_grad_batches": 4}, "accumulate_grad_batches=4", "data.micro_batch_size"),
+        ({"accumulate_grad_batches": 4}, "accumulate_grad_batches=4", "data.micro_batch_tokens"),
         ({"gradient_clip_val": 1.0}, "gradient_clip_val", "model.ridge or model.step_size"),
         ({"gradient_clip_val": 0}, "gradient_clip_val", "model.ridge"),
         ({"limit_train_batches": 0.5}, "limit_train_batches=0.5 would drop turns", "trainer.max_steps"),

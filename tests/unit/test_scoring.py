@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tiny import tiny_gpt2, tiny_llama, word_tokenizer
 
 from stableedit_pl.encoding import IGNORED, Encoder, Encoding
+from stableedit_pl.partial_forward import PartialForward
 from stableedit_pl.record_encoding import EncodedRecord
 from stableedit_pl.records import EditRecord
 from stableedit_pl.scoring import (
@@ -81,12 +82,12 @@ def test_answers_of_another_length_are_refused(rule: Any, answer: tuple[int, ...
 
 
 def test_teacher_forced_answers_are_those_of_one_at_a_time(model: Any) -> None:
-    answers = Scorer(model, "token_match", 3, 0).answers(ENCODINGS)
+    answers = Scorer(PartialForward(model), "token_match", 3, 0).answers(ENCODINGS)
     assert [list(answer.tokens) for answer in answers] == [by_hand(model, encoding) for encoding in ENCODINGS]
 
 
 def test_teacher_forced_losses_are_sums_over_answer_tokens(model: Any) -> None:
-    answers = Scorer(model, "exact_match", 3, 0).answers(ENCODINGS)
+    answers = Scorer(PartialForward(model), "exact_match", 3, 0).answers(ENCODINGS)
     for encoding, answer in zip(ENCODINGS, answers, strict=True):
         with torch.no_grad():
             log_p = model(torch.tensor([encoding.input_ids])).logits[0].log_softmax(dim=-1)
@@ -95,7 +96,7 @@ def test_teacher_forced_losses_are_sums_over_answer_tokens(model: Any) -> None:
 
 
 def test_greedy_answers_are_those_of_a_loop(model: Any) -> None:
-    answers = Scorer(model, "greedy_match", 3, 0).answers(ENCODINGS)
+    answers = Scorer(PartialForward(model), "greedy_match", 3, 0).answers(ENCODINGS)
     for encoding, answer in zip(ENCODINGS, answers, strict=True):
         prompt = list(encoding.input_ids[: encoding.prompt_length])
         assert list(answer.tokens) == greedy_by_hand(model, prompt, len(encoding.target_ids))
@@ -104,8 +105,8 @@ def test_greedy_answers_are_those_of_a_loop(model: Any) -> None:
 
 def test_free_decoding_differs_from_teacher_forcing(model: Any) -> None:
     """Negative control: the two ways of asking must not be one."""
-    forced = Scorer(model, "exact_match", 3, 0).answers(ENCODINGS)
-    decoded = Scorer(model, "greedy_match", 3, 0).answers(ENCODINGS)
+    forced = Scorer(PartialForward(model), "exact_match", 3, 0).answers(ENCODINGS)
+    decoded = Scorer(PartialForward(model), "greedy_match", 3, 0).answers(ENCODINGS)
     assert [a.tokens[0] for a in forced] == [a.tokens[0] for a in decoded]  # the first token has the prompt alone
     assert [a.tokens for a in forced] != [a.tokens for a in decoded]
 
@@ -116,8 +117,8 @@ def test_free_decoding_differs_from_teacher_forcing(model: Any) -> None:
 def test_batch_size_padding_and_order_do_not_matter(
     model: Any, rule: Any, size: int, pad: int, order: list[int]
 ) -> None:
-    alone = Scorer(model, rule, 1, 0).answers(ENCODINGS)
-    together = Scorer(model, rule, size, pad).answers([ENCODINGS[i] for i in order])
+    alone = Scorer(PartialForward(model), rule, 1, 0).answers(ENCODINGS)
+    together = Scorer(PartialForward(model), rule, size, pad).answers([ENCODINGS[i] for i in order])
     assert [answer.tokens for answer in together] == [alone[i].tokens for i in order]
     if rule != "greedy_match":
         assert [a.loss for a in together] == pytest.approx([alone[i].loss for i in order], rel=1e-5)
@@ -131,7 +132,7 @@ def test_an_answer_that_ends_early_is_wrong_but_no_error() -> None:
     target = (first, second, 9)
     ending = Encoding((*prompt, *target[:-1]), (IGNORED, IGNORED, *target), 3)
     going_on = Encoding((1, 7, 8, 9), (IGNORED, IGNORED, 9, 10), 3)
-    answers = Scorer(model, "greedy_match", 4, 0).answers([ending, going_on])
+    answers = Scorer(PartialForward(model), "greedy_match", 4, 0).answers([ending, going_on])
     assert answers[0].tokens == (first, 0, 0)
     assert match(answers[0].tokens, tuple(ending.target_ids), "greedy_match") == 0.0
     assert len(answers[1].tokens) == 2
@@ -141,7 +142,7 @@ def test_a_short_target_beside_a_long_one_of_the_same_prompt_length_gets_its_own
     model = tiny_llama()
     model.generation_config.eos_token_id = None
     encodings = [ENCODE("w1 w2", "w3"), ENCODE("w4 w5", "w6 w7 w8 w9")]
-    answers = Scorer(model, "greedy_match", 2, 0).answers(encodings)
+    answers = Scorer(PartialForward(model), "greedy_match", 2, 0).answers(encodings)
     assert [len(answer.tokens) for answer in answers] == [1, 4]
 
 
@@ -172,14 +173,14 @@ def test_greedy_is_greedy_whatever_the_model_was_shipped_with(setting: dict[str,
 @pytest.mark.parametrize("rule", RULES)
 def test_asking_builds_no_graph_and_changes_nothing(model: Any, rule: Any) -> None:
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    Scorer(model, rule, 3, 0).answers(ENCODINGS)
+    Scorer(PartialForward(model), rule, 3, 0).answers(ENCODINGS)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_no_prompts_have_no_answers(model: Any, rule: Any) -> None:
-    assert Scorer(model, rule, 3, 0).answers([]) == []
+    assert Scorer(PartialForward(model), rule, 3, 0).answers([]) == []
 
 
 # ---- records
@@ -195,7 +196,7 @@ def scored_record(rephrases: int = 0, locality: int = 0) -> EncodedRecord:
 def test_answers_come_back_to_their_prompts() -> None:
     model = tiny_llama()
     records = [scored_record(2, 1), scored_record(), scored_record(0, 3)]
-    answers = answer_records(Scorer(model, "token_match", 2, 0), records)
+    answers = answer_records(Scorer(PartialForward(model), "token_match", 2, 0), records)
     for record, given_answers in zip(records, answers, strict=True):
         assert list(given_answers.efficacy.tokens) == by_hand(model, record.efficacy)
         for kind in ("generalization", "specificity"):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tiny import word_tokenizer
 
 from stableedit_pl.encoding import Encoder, Encoding
+from stableedit_pl.micro_batches import Batching
 from stableedit_pl.records import EditRecord
 from stableedit_pl.turns import Slot, TurnBuilder, TurnDataset, TurnSampler, TurnSchedule, WarmUpSettings
 
@@ -150,7 +151,7 @@ def builder(longest_first: bool = False, **settings: object) -> TurnBuilder:
     return TurnBuilder(
         {"edit": RECORDS, "warmup": WARMUP},
         {"edit": encode, "warmup": encode},
-        2,
+        Batching(1024, 2, consecutive=True),
         longest_first,
         WarmUpSettings(**settings),  # type: ignore[arg-type]
     )
@@ -159,7 +160,7 @@ def builder(longest_first: bool = False, **settings: object) -> TurnBuilder:
 def test_a_turn_holds_its_rows_in_file_order() -> None:
     turn = builder()(5, Slot("edit", range(2, 5)))
     assert [edit.record.id for edit in turn.edits] == ["e2", "e3", "e4"]
-    assert (turn.index, turn.phase, turn.micro_batch_size) == (5, "edit", 2)
+    assert (turn.index, turn.phase, turn.micro_batches) == (5, "edit", ((0, 1), (2,)))
     assert turn.update_weights and turn.normalization is None
     assert all(edit.encoding == Counting()(edit.record) for edit in turn.edits)
 
@@ -197,4 +198,4 @@ def test_a_builder_travels_to_loader_processes() -> None:
     turn = pickle.loads(pickle.dumps(builder()))(0, Slot("edit", range(2)))
     again = pickle.loads(pickle.dumps(turn))
     assert turn.edits == again.edits == builder()(0, Slot("edit", range(2))).edits
-    assert (again.index, again.phase, again.micro_batch_size) == (0, "edit", 2)
+    assert (again.index, again.phase, again.micro_batches) == (0, "edit", ((0, 1),))
