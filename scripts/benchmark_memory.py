@@ -8,20 +8,14 @@ first two tenths, in which caches fill. Exits with 1 when the slope is 1 MB per 
 """
 
 import argparse
-import logging
-import os
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import torch
-import transformers
 from lightning.pytorch import Callback
-from long_stream import resident_megabytes, write_retargeted
+from long_stream import write_retargeted
+from measuring import quiet, resident_megabytes, slope
 
 from stableedit_pl import EditStream, EditTrainer, LifelongEditor
 from stableedit_pl.callbacks import EditEvaluation, StabilityMonitor, TurnCheckpoint
@@ -33,7 +27,7 @@ class Watch(Callback):
     def __init__(self, every: int) -> None:
         """Note memory after every ``every`` edits."""
         self.every, self.edits = every, 0
-        self.points: list[tuple[int, float]] = []
+        self.points: list[tuple[float, float]] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Note memory when due; checkpoints are the last thing of the turn before."""
@@ -50,10 +44,7 @@ def main() -> int:
     parser.add_argument("--edits", type=int, default=100_000, help="length of the stream")
     parser.add_argument("--turn_size", type=int, default=500, help="edits per turn")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
+    quiet()
     with tempfile.TemporaryDirectory() as folder:
         stream = Path(folder) / "edits.jsonl"
         write_retargeted(arguments.edits, stream)
@@ -79,11 +70,9 @@ def main() -> int:
         )
         trainer.fit(editor, datamodule=EditStream(path=str(stream), turn_size=turn_size, micro_batch_tokens=2048))
     settled = watch.points[len(watch.points) // 5 :]
-    x = torch.tensor([edits for edits, _ in settled], dtype=torch.float64)
-    y = torch.tensor([megabytes for _, megabytes in settled], dtype=torch.float64)
-    slope = float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()) * 10_000
-    print(f"slope {slope:+.3f} MB per 10,000 edits over the last {int(x[-1] - x[0]):,}")
-    return 0 if slope < 1 else 1
+    per_10_000 = slope(settled) * 10_000
+    print(f"slope {per_10_000:+.3f} MB per 10,000 edits over the last {settled[-1][0] - settled[0][0]:,}")
+    return 0 if per_10_000 < 1 else 1
 
 
 if __name__ == "__main__":

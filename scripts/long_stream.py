@@ -1,7 +1,6 @@
 """Long streams for the demo model, made of the demo's own edits with other targets; used by the long measurements."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,9 +41,3 @@ def write_retargeted(count: int, file: Path) -> None:
     with file.open("w", encoding="utf-8") as out:
         for row in retargeted(count):
             out.write(json.dumps(row) + "\n")
-
-
-def resident_megabytes() -> float:
-    """This process's resident memory, in MB (Linux)."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6

@@ -132,6 +132,11 @@ def curves(run_dir: Path) -> dict[str, dict[int, float]]:
     return {name: {e.step: e.value for e in events.Scalars(tag)} for tag, name in names.items()}
 
 
+def mean(values: list[float]) -> float:
+    """Their mean; NaN of none."""
+    return sum(values) / len(values) if values else float("nan")
+
+
 def table(turns: list[dict[str, Any]], facts: list[dict[str, Any]], stable: Any, edits: int) -> list[dict[str, float]]:
     """One row per tenth of the stream.
 
@@ -152,15 +157,14 @@ def table(turns: list[dict[str, Any]], facts: list[dict[str, Any]], stable: Any,
             "edits": high,
             "edits_per_second": sum(t["applied"] for t in own) / sum(t["seconds"] for t in own),
             "megabytes": max(t["megabytes"] for t in own),
-            "checkpoint_ms": 1000 * sum(saved) / len(saved),
+            "checkpoint_ms": 1000 * mean(saved),
             "turn_ms": 1000 * plain[len(plain) // 2],
         }
         for name, points in stable.items():
-            within = [value for turn, value in points.items() if turn in span]
-            row[name] = sum(within) / len(within)
+            row[name] = mean([value for turn, value in points.items() if turn in span])
         scores = [f for f in facts if f["turn"] in span]
         for kind in ("efficacy", "generalization", "specificity"):
-            row[kind] = sum(f[kind] for f in scores) / len(scores) if scores else float("nan")
+            row[kind] = mean([f[kind] for f in scores])
         rows.append(row)
     return rows
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
-from long_stream import demo_rows, resident_megabytes
+from long_stream import demo_rows
+from measuring import resident_megabytes
 
 from stableedit_pl.callbacks import TurnCheckpoint
 from stableedit_pl.records import EditRecord, Probe

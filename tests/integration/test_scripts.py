@@ -1,0 +1,57 @@
+"""The measuring scripts run, in their shortest form; what they measure is not asserted here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(script: str, *arguments: str) -> tuple[int, str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, f"scripts/{script}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    return done.returncode, done.stdout
+
+
+def test_benchmark_turn(tmp_path: Path) -> None:
+    code, said = run(
+        "benchmark_turn.py", "--shape=tiny", "--repeats=1", "--edits=30", f"--out={tmp_path / 'turn.json'}"
+    )
+    figures = json.loads((tmp_path / "turn.json").read_text())
+    assert code == 0 and "textbook / turn" in said
+    assert set(figures["seconds"]) == {"turn", "bare", "textbook"}
+    assert set(figures["parts"]) == {"capture", "moments", "whitening", "ridge", "commit", "rest"}
+
+
+def test_benchmark_turn_says_that_it_needs_a_gpu() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    code, said = run("benchmark_turn.py", "--shape=8b")
+    assert code == 2 and "needs a CUDA device" in said
+
+
+def test_benchmark_stream(tmp_path: Path) -> None:
+    _, said = run("benchmark_stream.py", "--turns=100", f"--out={tmp_path / 'stream.json'}")
+    assert len(json.loads((tmp_path / "stream.json").read_text())["rows"]) == 10 and "last tenth over first" in said
+
+
+def test_benchmark_evaluate(tmp_path: Path) -> None:
+    code, said = run("benchmark_evaluate.py", "--repeats=1", f"--out={tmp_path / 'evaluate.json'}")
+    figures = json.loads((tmp_path / "evaluate.json").read_text())
+    assert code == 0 and said.count("answers equal") == 2
+    assert figures["demo"]["equal"] and figures["deep"]["equal"]
+
+
+def test_soak_with_a_kill(tmp_path: Path) -> None:
+    """The ledger, the checks and the picture of a soak of 100 turns; throughput needs a longer one."""
+    _, said = run("soak.py", "--edits=2000", "--turn_size=20", "--kills=1", f"--folder={tmp_path}")
+    assert "ok   1 kills" in said and "ok   one ledger line per edit" in said and "ok   stableedit verify" in said
+    assert (tmp_path / "soak.png").stat().st_size > 10_000
