@@ -63,7 +63,9 @@ def test_a_step_commits_weights_statistics_and_counter_together() -> None:
     loss = bench.step()
     assert loss.item() == 1.5
     for site, before in zip(bench.sites, weights, strict=True):
-        assert torch.equal(site.weight, before + site.oriented(plan.updates[site.name].dense()))
+        update = plan.updates[site.name]
+        exact = before.double() + site.oriented(update.left.double().T @ update.right)
+        assert torch.equal(site.weight, exact.float())  # rounded once
         assert not torch.equal(site.weight, before)
     assert bench.state.committed_turns == 1 and not bench.state.committing
     assert bench.state.statistics.gradients["a"].count == 3
@@ -127,7 +129,7 @@ def test_a_zero_update_is_refused_unless_every_edit_is_known() -> None:
     assert bench.state.committed_turns == 1
 
 
-@pytest.mark.parametrize("where", ["closure", "take_input", "plan", "dense"])
+@pytest.mark.parametrize("where", ["closure", "take_input", "plan", "read", "workspace"])
 def test_an_exception_before_the_commit_leaves_everything_as_it_was(where: str, monkeypatch: Any) -> None:
     bench = Bench()
     bench.step()
@@ -139,9 +141,11 @@ def test_an_exception_before_the_commit_leaves_everything_as_it_was(where: str, 
     if where == "take_input":
         bench.optimizer.take_input = fail
     elif where == "plan":
-        monkeypatch.setattr(closed_form, "plan_turn", fail)
-    elif where == "dense":
-        monkeypatch.setattr("stableedit_pl.ridge.SiteUpdate.dense", fail)
+        monkeypatch.setattr(closed_form, "draft_turn", fail)
+    elif where == "read":
+        monkeypatch.setattr("stableedit_pl.planning.TurnDraft.read", fail)
+    elif where == "workspace":
+        monkeypatch.setattr(closed_form, "Workspace", fail)
     with pytest.raises(MemoryError):
         bench.optimizer.step(fail if where == "closure" else lambda: torch.tensor(1.0))
     assert bench.unchanged_since(snapshot) and not bench.state.committing
@@ -154,7 +158,7 @@ def test_committing_is_true_exactly_while_a_commit_writes(monkeypatch: Any) -> N
     monkeypatch.setattr(
         Site,
         "add",
-        lambda self, d: (seen.append((bench.state.committing, bench.state.committed_turns)), add(self, d))[1],
+        lambda self, *a: (seen.append((bench.state.committing, bench.state.committed_turns)), add(self, *a))[1],
     )
     during_closure = []
     bench.optimizer.step(lambda: (during_closure.append(bench.state.committing), torch.tensor(1.0))[1])
@@ -166,10 +170,10 @@ def test_a_failure_in_the_middle_of_a_commit_stays_marked(monkeypatch: Any) -> N
     bench = Bench()
     add = Site.add
 
-    def fail_at_b(self: Site, delta: Tensor) -> None:
+    def fail_at_b(self: Site, *args: Any) -> None:
         if self.name == "b":
             raise MemoryError
-        add(self, delta)
+        add(self, *args)
 
     monkeypatch.setattr(Site, "add", fail_at_b)
     with pytest.raises(MemoryError):

@@ -83,7 +83,8 @@ def test_diagonal_moments_are_the_diagonal_of_full_ones() -> None:
     full, diagonal = streamed(rows, [7, 23], True), streamed(rows, [7, 23], False)
     assert torch.equal(full.mean, diagonal.mean)
     assert relative_difference(full.scatter.diagonal(), diagonal.scatter) < 1e-6
-    assert torch.equal(full.scatter, full.scatter.T)
+    # To rounding only: a product need not be symmetric to the last bit, and the solvers read one triangle.
+    assert relative_difference(full.scatter, full.scatter.T) < 1e-6
 
 
 def test_the_count_is_an_exact_integer_past_two_to_the_24() -> None:

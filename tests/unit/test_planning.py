@@ -70,7 +70,7 @@ def test_the_moments_include_the_turn_that_they_normalize() -> None:
     rows, empty = turn(4, 0), LNStatistics.empty(SITES, "site")
     plan = plan_turn(rows, empty, MethodSettings())
     assert plan.statistics.gradients["a"].count == 4
-    assert plan.spectra.keys() == {"a", "b", "c"} and plan.spectra["c"].shape == (5,)
+    assert plan.solvers == {"a": "eigh", "b": "eigh", "c": "eigh"}
 
 
 def test_planning_writes_nothing() -> None:
@@ -85,7 +85,7 @@ def test_a_statistics_only_turn_feeds_the_moments_and_nothing_else() -> None:
     rows = turn(4, 0)
     plan = plan_turn(rows, LNStatistics.empty(SITES, "site"), MethodSettings(), update_weights=False)
     full = plan_turn(rows, LNStatistics.empty(SITES, "site"), MethodSettings())
-    assert plan.updates == {} and plan.spectra == {}
+    assert plan.updates == {} and plan.solvers == {} and plan.norms == {}
     assert all(torch.equal(t, full.statistics.tensors()[n]) for n, t in plan.statistics.tensors().items())
 
 
