@@ -83,8 +83,8 @@ def _scratch_bytes(shape: tuple[int, int], rows: int, sharing: int, solver: Solv
     d_in, d_out = shape
     rank, together = min(rows, d_in), rows * sharing
     gathered = F32 * together * (d_in + d_out) if sharing > 1 else 0
-    # Three row matrices: differences from a row, centred rows, and those with the shift between the means.
-    moments = F32 * 3 * (rows + 1) * max(d_in, d_out)
+    # Centred rows; those with the shift between the means, in both widths; the scatter in float64.
+    moments = (2 * F32 + F64) * (rows + 1) * max(d_in, d_out) + F64 * d_out * d_out
     # Normalized keys, centred and white gradients.
     root = gathered + F32 * together * (d_in + 2 * d_out)
     square, tall = d_out * d_out, together * d_out

@@ -72,12 +72,13 @@ class Moments:
         batch_mean = rows[0] + (rows - rows[0]).mean(dim=0)
         centred = rows - batch_mean
         shift = batch_mean - self.mean
-        # The shift between the means is one more row: a single product, and no matrix beside the old and the new.
-        spread = torch.cat([centred, math.sqrt(self.count * m / total) * shift[None]])
+        # The shift between the means is one more row, and all of it one product. In float64, because float32 products
+        # are TF32's on a GPU whose user follows Lightning's advice on set_float32_matmul_precision.
+        spread = torch.cat([centred, math.sqrt(self.count * m / total) * shift[None]]).double()
         if self.full:
-            scatter = torch.addmm(self.scatter, spread.T, spread)
+            scatter = self.scatter.double().addmm_(spread.T, spread).float()
         else:
-            scatter = self.scatter + spread.square_().sum(dim=0)
+            scatter = (self.scatter + spread.square_().sum(dim=0)).float()
         return Moments(total, self.mean + (m / total) * shift, scatter)
 
     def finite(self) -> Tensor:
