@@ -10,6 +10,8 @@ from stableedit_pl.closed_form import ClosedFormEdit
 from stableedit_pl.curves import log_curves
 from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.errors import SettingError
+from stableedit_pl.normalization import spectrum
+from stableedit_pl.planning import TurnPlan
 from stableedit_pl.ridge import SiteUpdate
 from stableedit_pl.sites import Site
 
@@ -24,7 +26,8 @@ class StabilityMonitor(Callback):
     ``smallest_eigenvalue`` of their covariance estimate.
 
     Args:
-        every_n_turns: log after every so many turns. A point costs a few passes over each site's weight.
+        every_n_turns: log after every so many turns. A point costs a few passes over each site's weight,
+            copies of it, and the eigenvalues of each covariance.
     """
 
     def __init__(self, every_n_turns: int = 1) -> None:
@@ -61,14 +64,16 @@ class StabilityMonitor(Callback):
         assert pl_module.report is not None
         step = pl_module.report.step
         if self._due(trainer.global_step):
+            spectra = self._spectra(pl_module, step.plan)
             for site in pl_module.sites:
                 update = step.plan.updates.get(site.name)
-                stability = self._stability(site, update) if update is not None else {}
+                stability = self._stability(site, update, step.plan.norms[site.name]) if update is not None else {}
                 if site.name in step.survived:
                     stability["survived"] = step.survived[site.name]
                 scope = step.plan.statistics.scope_of[site.name]
                 normalization = {"rows": float(step.plan.statistics.gradients[scope].count)}
-                normalization |= _spectrum(step.plan.spectra.get(site.name))
+                if site.name in step.plan.solvers:
+                    normalization |= spectra[scope]
                 log_curves(trainer, "stability", {f"{name}/{site.name}": value for name, value in stability.items()})
                 log_curves(
                     trainer, "normalization", {f"{name}/{site.name}": value for name, value in normalization.items()}
@@ -79,14 +84,22 @@ class StabilityMonitor(Callback):
     def _due(self, turn: int) -> bool:
         return turn % self.every_n_turns == 0
 
-    def _stability(self, site: Site, update: SiteUpdate) -> dict[str, float]:
-        norm = update.norm()
+    def _spectra(self, editor: LifelongEditor, plan: TurnPlan) -> dict[str, dict[str, float]]:
+        """Curves of each scope whose gradients were whitened; taken here, because quadrature knows no spectrum."""
+        settings, moments = editor.settings, plan.statistics.gradients
+        scopes = dict.fromkeys(plan.statistics.scope_of[name] for name in plan.solvers)
+        return {
+            scope: _spectrum(spectrum(moments[scope], settings.prior_strength, settings.eigenvalue_floor))
+            for scope in scopes
+        }
+
+    def _stability(self, site: Site, update: SiteUpdate, norm: float) -> dict[str, float]:
         original = site.original.to(site.state.device, torch.float32)
         total = site.state.float() - original
         delta = site.oriented(update.dense()).to(total.device)
         before = total - delta
         values = {
-            "update_norm": norm.item(),
+            "update_norm": norm,
             "weight_norm_ratio": (site.state.float().norm() / original.norm()).item(),
         }
         previous = self._previous.get(site.name)
@@ -98,14 +111,12 @@ class StabilityMonitor(Callback):
         return values
 
 
-def _cosine(inner: Tensor, norm: Tensor, other: Tensor) -> float:
-    product = norm.to(inner.device) * other.to(inner.device)
-    return (inner / product).item() if product > 0 else 0.0
+def _cosine(inner: Tensor, norm: float, other: Tensor) -> float:
+    product = norm * other.item()
+    return inner.item() / product if product > 0 else 0.0
 
 
-def _spectrum(eigenvalues: Tensor | None) -> dict[str, float]:
-    if eigenvalues is None:
-        return {}
+def _spectrum(eigenvalues: Tensor) -> dict[str, float]:
     smallest, largest = eigenvalues[0].item(), eigenvalues[-1].item()
     values = {"smallest_eigenvalue": smallest, "largest_eigenvalue": largest}
     if smallest > 0:

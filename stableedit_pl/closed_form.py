@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from stableedit_pl.capture import Captured
-from stableedit_pl.planning import BadTurn, MethodSettings, TurnPlan, plan_turn
+from stableedit_pl.planning import BadTurn, MethodSettings, TurnPlan, draft_turn, refuse_zero
+from stableedit_pl.ridge import SiteUpdate
 from stableedit_pl.sites import Site
 from stableedit_pl.statistics import LNStatistics
+from stableedit_pl.workspace import Workspace, workspace_sizes
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,9 @@ NORMS_NEEDED = 5
 """Updates before the running median means anything."""
 
 BadTurns = Literal["raise", "skip"]
+
+Prepared = tuple[Site, SiteUpdate, Workspace]
+"""A site, the update it takes, and the scratch memory in which it takes it."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,7 @@ class ClosedFormEdit(Optimizer):
         self.max_update_norm = max_update_norm
         self.measure_survival = False
         self.last: StepResult | None = None
+        self._solvers: dict[tuple[int, int], str] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -136,32 +142,56 @@ class ClosedFormEdit(Optimizer):
         started = time.perf_counter()
         rejected = None
         try:
-            plan, norm = self._plan(given)
-            prepared = self._prepared(plan)
+            plan, prepared = self._plan(given)
         except BadTurn as error:
             if self.bad_turns == "raise":
                 raise
-            rejected, norm = str(error), 0.0
-            plan, prepared = TurnPlan(self.editor_state.statistics, {}, {}), []
+            rejected = str(error)
+            plan, prepared = TurnPlan(self.editor_state.statistics), []
             log.warning("Turn %d is rejected: %s", self.editor_state.committed_turns, rejected)
         planned = time.perf_counter()
-        survived = self._commit(plan, prepared, norm, rejected)
+        survived = self._commit(plan, prepared, rejected)
         seconds = {"plan": planned - started, "commit": time.perf_counter() - planned}
         self.last = StepResult(plan, survived, seconds, rejected)
+        self._log_solvers(plan)
         return loss
 
-    def _plan(self, given: StepInput) -> tuple[TurnPlan, float]:
-        """The plan, and the norm of its update over all sites."""
-        if not math.isfinite(given.captured.mean_loss):
+    def _plan(self, given: StepInput) -> tuple[TurnPlan, list[Prepared]]:
+        """The checked plan, and its updates ready to be added."""
+        draft = draft_turn(given.captured.rows, self.editor_state.statistics, given.settings, given.update_weights)
+        prepared = self._prepared(draft.updates)
+        too_large = [
+            (
+                f"the update takes the weight of {site.name} out of float16's range; use bfloat16",
+                site.stays_in_range(update, workspace),
+            )
+            for site, update, workspace in prepared
+            if site.weight.dtype == torch.float16
+        ]
+        # Up to here nothing waited for the device. From here on every number is there.
+        wrong, plan = draft.read(too_large)
+        loss, correct = given.captured.mean_loss, given.captured.correct
+        if not math.isfinite(loss):
             raise BadTurn("the loss of the turn's edits is not finite")
-        plan = plan_turn(
-            given.captured.rows,
-            self.editor_state.statistics,
-            given.settings,
-            given.update_weights,
-            satisfied=all(correct == 1.0 for correct in given.captured.correct),
-        )
-        norm = math.sqrt(sum(update.norm().item() ** 2 for update in plan.updates.values()))
+        if wrong:
+            raise BadTurn(wrong[0])
+        refuse_zero(plan, satisfied=all(score == 1.0 for score in correct))
+        self._refuse_outlier(total_norm(plan))
+        return plan, prepared
+
+    def _prepared(self, updates: Mapping[str, SiteUpdate]) -> list[Prepared]:
+        """Each edited site with its update and its device's workspace: whatever needs memory happens here."""
+        edited = [(site, site.placed(updates[site.name])) for site in self.sites if site.name in updates]
+        sizes: dict[torch.device, tuple[int, int]] = {}
+        for site, update in edited:
+            device = site.state.device
+            needed = workspace_sizes(site.state.shape, len(update.left))
+            block, factor = sizes.get(device, (0, 0))
+            sizes[device] = max(block, needed[0]), max(factor, needed[1])
+        workspaces = {device: Workspace(device, *size) for device, size in sizes.items()}
+        return [(site, update, workspaces[site.state.device]) for site, update in edited]
+
+    def _refuse_outlier(self, norm: float) -> None:
         past = self.editor_state.update_norms
         if self.max_update_norm is not None and len(past) >= NORMS_NEEDED:
             median = statistics.median(past)
@@ -170,37 +200,39 @@ class ClosedFormEdit(Optimizer):
                     f"the update's norm {norm:.4g} is more than max_update_norm={self.max_update_norm:g} times the "
                     f"running median {median:.4g} of {len(past)} turns"
                 )
-        return plan, norm
 
-    def _prepared(self, plan: TurnPlan) -> list[tuple[Site, Tensor]]:
-        """Each edited site with its update, ready to be added; whatever needs memory or could fail happens here."""
-        edited = [site for site in self.sites if site.name in plan.updates]
-        prepared = [(site, site.prepared(plan.updates[site.name].dense())) for site in edited]
-        for site, delta in prepared:
-            if site.weight.dtype == torch.float16 and site.overflows(delta):
-                raise BadTurn(f"the update takes the weight of {site.name} out of float16's range; use bfloat16")
-        return prepared
-
-    def _commit(
-        self, plan: TurnPlan, prepared: Sequence[tuple[Site, Tensor]], norm: float, rejected: str | None
-    ) -> dict[str, float]:
+    def _commit(self, plan: TurnPlan, prepared: Sequence[Prepared], rejected: str | None) -> dict[str, float]:
         """Write weights, statistics and counters, in place."""
         state = self.editor_state
         watched = []
         if self.measure_survival:
-            for site, _ in prepared:
-                watched.append((site, site.weight.clone(), site.oriented(plan.updates[site.name].dense())))
+            for site, update, _ in prepared:
+                watched.append((site, site.weight.clone(), site.oriented(update.dense())))
         state.committing = True
-        for site, delta in prepared:
-            site.add(delta)
+        for site, update, workspace in prepared:
+            site.add(update, workspace)
         state.statistics = plan.statistics
         if prepared:
-            state.update_norms = [*state.update_norms, norm][-NORMS_KEPT:]
+            state.update_norms = [*state.update_norms, total_norm(plan)][-NORMS_KEPT:]
         if rejected is not None:
             state.rejected_turns.append(state.committed_turns)
         state.committed_turns += 1
         state.committing = False
         return {site.name: _survival(before, site.weight, wanted) for site, before, wanted in watched}
+
+    def _log_solvers(self, plan: TurnPlan) -> None:
+        """Say once for each shape of site who whitens it, and again if that changes."""
+        for site in self.sites:
+            solver = plan.solvers.get(site.name)
+            shape = (site.d_in, site.d_out)
+            if solver is not None and self._solvers.get(shape) != solver:
+                self._solvers[shape] = solver
+                log.info("Value gradients of %d x %d sites are whitened by %s", *shape, solver)
+
+
+def total_norm(plan: TurnPlan) -> float:
+    """Norm of a plan's update over all sites."""
+    return math.hypot(*plan.norms.values())
 
 
 def _survival(before: Tensor, after: Tensor, intended: Tensor) -> float:

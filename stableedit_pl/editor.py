@@ -6,7 +6,7 @@ and ``ClosedFormEdit.step`` plans and commits. ``trainer.global_step`` is the nu
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from stableedit_pl.editable_model import EditableModel, SpecificityReference
 from stableedit_pl.errors import SettingError, require_choice
 from stableedit_pl.guards import check_trainer
 from stableedit_pl.loading import ModelDtype
-from stableedit_pl.normalization import Normalization
+from stableedit_pl.normalization import Normalization, WhiteningSolver
 from stableedit_pl.planning import MethodSettings
 from stableedit_pl.report import TurnReport
 from stableedit_pl.saved_state import load_tensors, saved_tensors
@@ -45,6 +45,8 @@ class LifelongEditor(EditableModel):
         prior_strength: pseudo-observations per dimension of the value gradients' covariance prior; 0 selects
             the paper's improper prior.
         eigenvalue_floor: absolute lower bound on the covariance estimate's eigenvalues.
+        whitening_solver: who takes the covariance's inverse root: ``eigh``, ``quadrature`` (needs a positive
+            prior_strength and no floor), or ``auto``, by device and width. A resumed run may change it.
         statistics_scope: one set of moments per ``site``, or per ``shape`` as the published program.
         loss_reduction: ``token_sum`` (results do not depend on micro-batches) or ``micro_batch_mean`` (the
             published program).
@@ -78,6 +80,7 @@ class LifelongEditor(EditableModel):
         scoring: ScoringRule = "token_match",
         specificity_reference: SpecificityReference = "base_output",
         scoring_batch_size: int = 128,
+        whitening_solver: WhiteningSolver = "auto",
     ) -> None:
         """See the class.
 
@@ -86,7 +89,9 @@ class LifelongEditor(EditableModel):
         """
         super().__init__(base_model, sites, model_dtype, scoring, specificity_reference, scoring_batch_size)
         self.save_hyperparameters()
-        self.settings = MethodSettings(normalization, step_size, ridge, prior_strength, eigenvalue_floor)
+        self.settings = MethodSettings(
+            normalization, step_size, ridge, prior_strength, eigenvalue_floor, whitening_solver
+        )
         require_choice("statistics_scope", statistics_scope, StatisticsScope)
         require_choice("loss_reduction", loss_reduction, LossReduction)
         require_choice("master_dtype", master_dtype, MasterDtype)
@@ -239,7 +244,7 @@ class LifelongEditor(EditableModel):
             "base_model": self._base_digest,
             "tokenizer": tokenizer_digest(self.tokenizer),
             "sites": [site.name for site in self.sites],
-            **asdict(self.settings),
+            **self.settings.identity(),
             "statistics_scope": self.statistics_scope,
             "loss_reduction": self.loss_reduction,
             "master_dtype": self.master_dtype,

@@ -9,11 +9,20 @@ Moments never change in place. An update makes new ones, so that a turn can be p
 committed by exchanging one reference.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+
+def all_finite(values: Tensor) -> Tensor:
+    """Whether no entry is infinite or NaN: a boolean scalar on the tensor's device, at no cost in memory."""
+    if values.numel() == 0:
+        return torch.ones((), dtype=torch.bool, device=values.device)
+    smallest, largest = values.aminmax()
+    return torch.isfinite(smallest) & torch.isfinite(largest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +72,18 @@ class Moments:
         batch_mean = rows[0] + (rows - rows[0]).mean(dim=0)
         centred = rows - batch_mean
         shift = batch_mean - self.mean
-        weight = self.count * m / total
+        # The shift between the means is one more row, and all of it one product. In float64, because float32 products
+        # are TF32's on a GPU whose user follows Lightning's advice on set_float32_matmul_precision.
+        spread = torch.cat([centred, math.sqrt(self.count * m / total) * shift[None]]).double()
         if self.full:
-            scatter = self.scatter + centred.T @ centred + weight * torch.outer(shift, shift)
+            scatter = self.scatter.double().addmm_(spread.T, spread).float()
         else:
-            scatter = self.scatter + centred.square().sum(dim=0) + weight * shift.square()
+            scatter = (self.scatter + spread.square_().sum(dim=0)).float()
         return Moments(total, self.mean + (m / total) * shift, scatter)
+
+    def finite(self) -> Tensor:
+        """Whether mean and scatter are finite: a boolean scalar on their device, which the host need not wait for."""
+        return all_finite(self.mean) & all_finite(self.scatter)
 
     def to(self, device: torch.device | str) -> "Moments":
         """The same moments on another device."""

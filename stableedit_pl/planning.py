@@ -5,17 +5,22 @@
 DESIGN in one place: keys ``K [N, d_in]`` and value gradients ``G [N, d_out]`` are a site's rows at the turn's
 answer tokens; the moments are updated with them first, then they are normalized, turned into targets
 ``V [N, d_out]``, and the ridge regression of V on K gives the change of the site's weight.
+
+A draft is computed without a look at its numbers, so that the host never waits for the device on the way. Whether they
+are good is part of the draft, as tensors; they are read once, at its end, and make the draft a plan or a bad turn.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stableedit_pl.errors import SettingError, require_choice
-from stableedit_pl.normalization import Normalization, normalize
-from stableedit_pl.ridge import SiteUpdate, ridge_update, targets
+from stableedit_pl.moments import all_finite
+from stableedit_pl.normalization import Normalization, Solver, WhiteningSolver, normalize
+from stableedit_pl.ridge import SiteUpdate, ridge_update, targets, unsolvable
 from stableedit_pl.statistics import LNStatistics, Rows
 
 
@@ -33,6 +38,8 @@ class MethodSettings:
         ridge: positive weight of the update's squared norm.
         prior_strength: pseudo-observations per dimension of the covariance prior; 0: the paper's.
         eigenvalue_floor: absolute lower bound on the covariance estimate's eigenvalues.
+        whitening_solver: who takes the covariance's inverse root: ``eigh``, ``quadrature`` or ``auto``, by device and
+            width. The results agree to rounding.
     """
 
     normalization: Normalization = "whiten"
@@ -40,6 +47,7 @@ class MethodSettings:
     ridge: float = 10.0
     prior_strength: float = 1.0
     eigenvalue_floor: float = 0.0
+    whitening_solver: WhiteningSolver = "auto"
 
     def __post_init__(self) -> None:
         """Check ranges.
@@ -54,6 +62,16 @@ class MethodSettings:
         for name in ("prior_strength", "eigenvalue_floor"):
             if not getattr(self, name) >= 0:
                 raise SettingError(f"{name} must be zero or positive, got {getattr(self, name)}")
+        require_choice("whitening_solver", self.whitening_solver, WhiteningSolver)
+        if self.whitening_solver == "quadrature" and (self.prior_strength == 0 or self.eigenvalue_floor > 0):
+            raise SettingError(
+                "whitening_solver quadrature needs a positive prior_strength and eigenvalue_floor 0, got "
+                f"{self.prior_strength} and {self.eigenvalue_floor}; use auto or eigh"
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that make a method what it is; the solver only changes how its numbers are found."""
+        return {name: value for name, value in asdict(self).items() if name != "whitening_solver"}
 
 
 @dataclass(frozen=True)
@@ -63,13 +81,123 @@ class TurnPlan:
     Attributes:
         statistics: the LN statistics after the turn.
         updates: site name to the change of its weight; empty for a statistics-only turn.
-        spectra: site name to the eigenvalues of its covariance estimate (ascending, ``[d_out]``), where one
-            was taken.
+        norms: site name to its update's Frobenius norm.
+        solvers: site name to who took the inverse root that whitened its value gradients; without the sites whose were
+            not whitened.
+    """
+
+    statistics: LNStatistics
+    updates: Mapping[str, SiteUpdate] = field(default_factory=dict)
+    norms: Mapping[str, float] = field(default_factory=dict)
+    solvers: Mapping[str, Solver] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TurnDraft:
+    """A turn, computed in full but unread: what is wrong with it, if anything, is still on its way.
+
+    Attributes:
+        statistics: the LN statistics after the turn.
+        updates: as in :class:`TurnPlan`.
+        solvers: as in :class:`TurnPlan`.
+        faults: most important first, what to say and the boolean scalar that is False where it must be said.
+        norms: site name to its update's norm, a float64 scalar.
     """
 
     statistics: LNStatistics
     updates: Mapping[str, SiteUpdate]
-    spectra: Mapping[str, Tensor]
+    solvers: Mapping[str, Solver]
+    faults: Sequence[tuple[str, Tensor]]
+    norms: Mapping[str, Tensor]
+
+    def read(self, more_faults: Sequence[tuple[str, Tensor]] = ()) -> tuple[list[str], TurnPlan]:
+        """Wait for the numbers: the one place of a turn's algebra that does, once for each device.
+
+        Args:
+            more_faults: checks of the updates that the caller made, as in :attr:`faults`; they come last.
+
+        Returns:
+            What is wrong with the turn, most important first, and the plan, which must not be committed if anything is.
+        """
+        before, after = [message for message, _ in self.faults], [message for message, _ in more_faults]
+        good = [verdict for _, verdict in (*self.faults, *more_faults)]
+        numbers = read_scalars([*good, *self.norms.values()])
+        norms = dict(zip(self.norms, numbers[len(good) :], strict=True))
+        unbounded = [name for name, norm in norms.items() if not norm < float("inf")]
+        wrong = [message for message, number in zip(before, numbers, strict=False) if not number]
+        if unbounded:
+            wrong.append(
+                f"the update of {', '.join(unbounded)} is not finite; a smaller step_size or a larger ridge may help"
+            )
+        wrong += [message for message, number in zip(after, numbers[len(before) :], strict=False) if not number]
+        return wrong, TurnPlan(self.statistics, self.updates, norms, self.solvers)
+
+
+def read_scalars(scalars: Sequence[Tensor]) -> list[float]:
+    """The values of scalar tensors, with one transfer for each device they are on."""
+    values = [0.0] * len(scalars)
+    places: dict[torch.device, list[int]] = {}
+    for place, scalar in enumerate(scalars):
+        places.setdefault(scalar.device, []).append(place)
+    for chosen in places.values():
+        numbers = torch.stack([scalars[place].double() for place in chosen]).tolist()
+        for place, number in zip(chosen, numbers, strict=True):
+            values[place] = number
+    return values
+
+
+def draft_turn(
+    captured: Mapping[str, Rows], statistics: LNStatistics, settings: MethodSettings, update_weights: bool = True
+) -> TurnDraft:
+    """Compute a turn without writing anything, and without waiting for the device.
+
+    Args:
+        captured: every site's rows of this turn.
+        statistics: LN statistics before the turn.
+        settings: the method.
+        update_weights: False for a warm-up turn that only feeds the statistics.
+    """
+    # The algebra happens where the moments live, which need not be the model's device.
+    captured = {name: statistics.beside_moments(name, rows) for name, rows in captured.items()}
+    faults = [
+        (f"keys or value gradients of site {name} are not finite", all_finite(values))
+        for name, rows in captured.items()
+        for values in (rows.keys, rows.gradients)
+    ]
+    after = statistics.updated(captured)
+    faults += [("the LN statistics would not be finite after this turn", good) for good in after.finite()]
+    updates: dict[str, SiteUpdate] = {}
+    solvers: dict[str, Solver] = {}
+    if update_weights:
+        for scope in dict.fromkeys(after.scope_of[name] for name in captured):
+            names = [name for name in captured if after.scope_of[name] == scope]
+            values, solver = _targets([captured[name] for name in names], after, scope, settings)
+            for name, wanted in zip(names, values, strict=True):
+                updates[name], failed = ridge_update(captured[name].keys, wanted, settings.ridge)
+                faults.append((f"site {name}: {unsolvable(updates[name], settings.ridge)}", failed == 0))
+                if solver is not None:
+                    solvers[name] = solver
+    in_order = {name: updates[name] for name in captured if name in updates}
+    return TurnDraft(after, in_order, solvers, faults, {name: update.norm() for name, update in in_order.items()})
+
+
+def _targets(
+    rows: Sequence[Rows], statistics: LNStatistics, scope: str, settings: MethodSettings
+) -> tuple[Sequence[Tensor], Solver | None]:
+    """Targets of the sites that share a scope's moments, and who took the inverse root: once for all of them."""
+    key_moments, gradient_moments = statistics.keys[scope], statistics.gradients[scope]
+    normalized = normalize(
+        rows[0].keys if len(rows) == 1 else torch.cat([one.keys for one in rows]),
+        rows[0].gradients if len(rows) == 1 else torch.cat([one.gradients for one in rows]),
+        key_moments,
+        gradient_moments,
+        settings.normalization,
+        settings.prior_strength,
+        settings.eigenvalue_floor,
+        settings.whitening_solver,
+    )
+    values = targets(normalized.keys, normalized.gradients, settings.step_size)
+    return torch.split(values, [len(one.keys) for one in rows]), normalized.solver
 
 
 def plan_turn(
@@ -79,7 +207,7 @@ def plan_turn(
     update_weights: bool = True,
     satisfied: bool = False,
 ) -> TurnPlan:
-    """Compute a turn without writing anything.
+    """Draft a turn, read it and check it.
 
     Args:
         captured: every site's rows of this turn.
@@ -95,53 +223,20 @@ def plan_turn(
         BadTurn: if a row, a moment or an update is not finite, or all updates are zero although edits
             are not satisfied.
     """
-    for name, rows in captured.items():
-        if not (torch.isfinite(rows.keys).all() and torch.isfinite(rows.gradients).all()):
-            raise BadTurn(f"keys or value gradients of site {name} are not finite")
-    after = statistics.updated(captured)
-    if not after.finite():
-        raise BadTurn("the LN statistics would not be finite after this turn")
-    if not update_weights:
-        return TurnPlan(after, {}, {})
-    updates: dict[str, SiteUpdate] = {}
-    spectra: dict[str, Tensor] = {}
-    for name, rows in captured.items():
-        updates[name], spectrum = _plan_site(name, rows, after, settings)
-        if spectrum is not None:
-            spectra[name] = spectrum
-    _check(updates, satisfied)
-    return TurnPlan(after, updates, spectra)
+    wrong, plan = draft_turn(captured, statistics, settings, update_weights).read()
+    if wrong:
+        raise BadTurn(wrong[0])
+    refuse_zero(plan, satisfied)
+    return plan
 
 
-def _plan_site(
-    name: str, rows: Rows, statistics: LNStatistics, settings: MethodSettings
-) -> tuple[SiteUpdate, Tensor | None]:
-    scope = statistics.scope_of[name]
-    key_moments, gradient_moments = statistics.keys[scope], statistics.gradients[scope]
-    # The algebra happens where the moments live, which need not be the model's device.
-    keys, gradients = rows.keys.to(key_moments.mean.device), rows.gradients.to(gradient_moments.mean.device)
-    normalized = normalize(
-        keys,
-        gradients,
-        key_moments,
-        gradient_moments,
-        settings.normalization,
-        settings.prior_strength,
-        settings.eigenvalue_floor,
-    )
-    values = targets(normalized.keys, normalized.gradients, settings.step_size)
-    try:
-        return ridge_update(keys, values, settings.ridge), normalized.spectrum
-    except ArithmeticError as error:
-        raise BadTurn(f"site {name}: {error}") from error
+def refuse_zero(plan: TurnPlan, satisfied: bool) -> None:
+    """Hold a plan's norms against what the model already answers.
 
-
-def _check(updates: Mapping[str, SiteUpdate], satisfied: bool) -> None:
-    norms = {name: update.norm().item() for name, update in updates.items()}
-    bad = [name for name, norm in norms.items() if not norm < float("inf")]
-    if bad:
-        raise BadTurn(f"the update of {', '.join(bad)} is not finite; a smaller step_size or a larger ridge may help")
-    if not satisfied and all(norm == 0.0 for norm in norms.values()):
+    Raises:
+        BadTurn: if all updates are zero although edits are not ``satisfied``.
+    """
+    if plan.norms and not satisfied and all(norm == 0.0 for norm in plan.norms.values()):
         raise BadTurn(
             "the update is exactly zero at every site although the turn's edits are not satisfied: no edit has a "
             "gradient there"

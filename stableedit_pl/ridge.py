@@ -40,7 +40,9 @@ class SiteUpdate:
 
     def norm(self) -> Tensor:
         """Frobenius norm, float64 scalar."""
-        return self.inner(self).clamp(min=0).sqrt()
+        left = self.left.double()
+        right = self.right.double()
+        return ((left @ left.T) * (right @ right.T)).sum().clamp(min=0).sqrt()
 
 
 def targets(normalized_keys: Tensor, normalized_gradients: Tensor, step_size: float) -> Tensor:
@@ -48,7 +50,7 @@ def targets(normalized_keys: Tensor, normalized_gradients: Tensor, step_size: fl
     return -step_size * normalized_keys.square().sum(dim=1, keepdim=True) * normalized_gradients
 
 
-def ridge_update(keys: Tensor, values: Tensor, ridge: float) -> SiteUpdate:
+def ridge_update(keys: Tensor, values: Tensor, ridge: float) -> tuple[SiteUpdate, Tensor]:
     """Solve the turn's ridge regression.
 
     Args:
@@ -57,10 +59,11 @@ def ridge_update(keys: Tensor, values: Tensor, ridge: float) -> SiteUpdate:
         ridge: positive weight of ``||Delta||^2``.
 
     Returns:
-        The update.
+        The update, and the verdict on it, an int32 scalar on its device: not zero where the system is not positive
+        definite, so that the update is worthless (see :func:`unsolvable`). Reading it is left to the caller: the
+        host would wait for the device.
 
     Raises:
-        ArithmeticError: if the system cannot be solved.
         ValueError: if the shapes do not belong together or ``ridge`` is not positive.
     """
     if keys.dim() != 2 or values.dim() != 2 or keys.shape[0] != values.shape[0]:
@@ -72,18 +75,23 @@ def ridge_update(keys: Tensor, values: Tensor, ridge: float) -> SiteUpdate:
     # with too few digits of the difference, silently. The systems are small.
     k, v = keys.double(), values.double()
     if rows < d_in:
-        return SiteUpdate(left=keys, right=_solve(k @ k.T, v, ridge))
-    delta = _solve(k.T @ k, k.T @ v, ridge)
-    return SiteUpdate(left=torch.eye(d_in, dtype=keys.dtype, device=keys.device), right=delta)
+        right, failed = _solve(k @ k.T, v, ridge)
+        return SiteUpdate(left=keys, right=right), failed
+    right, failed = _solve(k.T @ k, k.T @ v, ridge)
+    return SiteUpdate(left=torch.eye(d_in, dtype=keys.dtype, device=keys.device), right=right), failed
 
 
-def _solve(gram: Tensor, rhs: Tensor, ridge: float) -> Tensor:
-    """``(gram + ridge I)^{-1} rhs`` by Cholesky."""
-    system = gram + ridge * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    factor, failed = torch.linalg.cholesky_ex(system)
-    if failed.item():
-        raise ArithmeticError(
-            f"the {gram.shape[0]}x{gram.shape[1]} ridge system is not positive definite: the keys are not finite, or "
-            f"ridge={ridge:g} is too small for keys of this size"
-        )
-    return torch.cholesky_solve(rhs, factor)
+def _solve(gram: Tensor, rhs: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """``(gram + ridge I)^{-1} rhs`` by Cholesky, and what the factorization says of itself; ``gram`` is overwritten."""
+    gram.diagonal().add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    return torch.cholesky_solve(rhs, factor), failed
+
+
+def unsolvable(update: SiteUpdate, ridge: float) -> str:
+    """What to say of an update whose system is not positive definite."""
+    size = update.left.shape[0]
+    return (
+        f"the {size}x{size} ridge system is not positive definite: the keys are not finite, or ridge={ridge:g} is too "
+        "small for keys of this size"
+    )

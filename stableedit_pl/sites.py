@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from stableedit_pl.ridge import SiteUpdate
+from stableedit_pl.workspace import Workspace
+
 
 class SiteError(ValueError):
     """A site pattern that selects nothing, or something that cannot be edited."""
@@ -99,25 +102,45 @@ class Site:
         self.weight.copy_(state)
 
     @torch.no_grad()
-    def prepared(self, delta: Tensor) -> Tensor:
-        """``Delta [d_in, d_out]`` as :meth:`add` takes it: layout, dtype and device of :attr:`state`."""
-        return self.oriented(delta).to(self.state.device, self.state.dtype).contiguous()
+    def placed(self, update: SiteUpdate) -> SiteUpdate:
+        """An update where :meth:`add` takes it: on the device of :attr:`state`.
+
+        Raises:
+            ValueError: if it is not an update of a weight ``[d_in, d_out]``.
+        """
+        shape = (update.left.shape[1], update.right.shape[1])
+        if shape != (self.d_in, self.d_out):
+            raise ValueError(f"an update of {self.name} is [{self.d_in}, {self.d_out}], got {list(shape)}")
+        device = self.state.device
+        return SiteUpdate(update.left.to(device), update.right.to(device))
 
     @torch.no_grad()
-    def add(self, prepared: Tensor) -> None:
+    def add(self, update: SiteUpdate, workspace: Workspace) -> None:
         """``W <- W + Delta^T`` (``Conv1D``: no transpose), through the master where there is one; in place.
 
+        The sum is taken in float64 and rounded once to the precision of :attr:`state`.
+
         Args:
-            prepared: from :meth:`prepared`.
+            update: from :meth:`placed`.
+            workspace: on the device of :attr:`state`, large enough for this site and update.
         """
-        self.state.add_(prepared)
+        state = self.state
+        for rows, total in workspace.sums(state, update, self.transposed):
+            state[rows].copy_(total)
         if self.master is not None:
             self.weight.copy_(self.master)
 
     @torch.no_grad()
-    def overflows(self, prepared: Tensor) -> bool:
-        """Whether adding an update would take the weight out of its dtype's range."""
-        return not bool(torch.isfinite((self.state + prepared).to(self.weight.dtype)).all())
+    def stays_in_range(self, update: SiteUpdate, workspace: Workspace) -> Tensor:
+        """Whether adding an update keeps the weight in its dtype's range; arguments as :meth:`add`, nothing written.
+
+        Returns:
+            A boolean scalar on the device of :attr:`state`, which the host need not wait for.
+        """
+        state = self.state
+        extremes = [torch.stack(total.aminmax()) for _, total in workspace.sums(state, update, self.transposed)]
+        # Rounding keeps order: what the extremes round to bounds what the rest does.
+        return torch.isfinite(torch.stack(extremes).to(state.dtype).to(self.weight.dtype)).all()
 
     def oriented(self, delta: Tensor) -> Tensor:
         """``Delta [d_in, d_out]`` in the weight's own layout."""
@@ -126,7 +149,8 @@ class Site:
     @contextmanager
     def original_weight(self) -> Iterator[None]:
         """Run with the base model's weight in place; the edited one returns afterwards, bit for bit."""
-        edited = self.weight.clone()
+        # The weight is its master rounded, always: where there is one, no copy is needed to return.
+        edited = self.weight.clone() if self.master is None else self.master
         with torch.no_grad():
             self.weight.copy_(self.original)
         try:

@@ -72,19 +72,23 @@ class LNStatistics:
             gradients.setdefault(key, Moments.empty(site.d_out, full=True, device=device))
         return cls(scope_of, keys, gradients)
 
+    def beside_moments(self, site: str, rows: Rows) -> Rows:
+        """A site's rows on the device of its moments."""
+        scope = self.scope_of[site]
+        return Rows(rows.keys.to(self.keys[scope].mean.device), rows.gradients.to(self.gradients[scope].mean.device))
+
     def updated(self, captured: Mapping[str, Rows]) -> "LNStatistics":
         """Statistics that also include a turn's rows of every site."""
         keys, gradients = dict(self.keys), dict(self.gradients)
         for name, rows in captured.items():
-            scope = self.scope_of[name]
-            keys[scope] = keys[scope].updated(rows.keys.to(keys[scope].mean.device))
-            gradients[scope] = gradients[scope].updated(rows.gradients.to(gradients[scope].mean.device))
+            scope, placed = self.scope_of[name], self.beside_moments(name, rows)
+            keys[scope] = keys[scope].updated(placed.keys)
+            gradients[scope] = gradients[scope].updated(placed.gradients)
         return LNStatistics(self.scope_of, keys, gradients)
 
-    def finite(self) -> bool:
-        """Whether every mean and scatter is finite."""
-        moments = [*self.keys.values(), *self.gradients.values()]
-        return all(bool(torch.isfinite(t).all()) for m in moments for t in (m.mean, m.scatter))
+    def finite(self) -> list[Tensor]:
+        """Whether every mean and scatter is finite: boolean scalars, each on its moments' device."""
+        return [moments.finite() for moments in (*self.keys.values(), *self.gradients.values())]
 
     def tensors(self) -> dict[str, Tensor]:
         """All state as tensors, named ``<scope key>/<keys|value_gradients>/<count|mean|scatter>``."""

@@ -9,6 +9,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from stableedit_pl.ridge import SiteUpdate
+from stableedit_pl.sites import Site
+from stableedit_pl.workspace import Workspace, workspace_sizes
+
 WORDS = [f"w{i}" for i in range(60)]
 LLAMA_SITE = "model.layers.1.mlp.down_proj"
 GPT2_SITE = "transformer.h.1.mlp.c_proj"
@@ -96,6 +100,12 @@ def write_stream(path: Path, rows: Iterable[dict[str, Any]]) -> str:
     """Write rows as JSONL; returns the path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
+
+
+def add_dense(site: Site, delta: torch.Tensor) -> None:
+    """Add a dense ``Delta [d_in, d_out]`` to a site: as factors, one of which is the identity."""
+    update = site.placed(SiteUpdate(torch.eye(len(delta)), delta.double()))
+    site.add(update, Workspace(site.state.device, *workspace_sizes(site.state.shape, len(delta))))
 
 
 def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -224,6 +224,26 @@ def test_everything_survives_in_float32(tmp_path: Path, llama_folder: str, strea
     assert [value for _, value in points] == pytest.approx([1.0, 1.0], abs=1e-4)
 
 
+def test_stability_curves_are_the_same_whoever_takes_the_root(
+    tmp_path: Path, llama_folder: str, stream_file: str
+) -> None:
+    """Quadrature knows no eigenvalues; the monitor finds them for itself, and only on the turns that it logs."""
+    found = {}
+    for solver in ("eigh", "quadrature"):
+        monitor = StabilityMonitor(every_n_turns=2)
+        fit(tmp_path / solver, llama_folder, {"path": stream_file}, {"whitening_solver": solver}, callbacks=[monitor])
+        found[solver] = {
+            name: points
+            for name, points in curves(tmp_path / solver).items()
+            if name.startswith(("stability/", "normalization/"))
+        }
+    assert found["eigh"].keys() == found["quadrature"].keys()
+    assert f"normalization/condition_number/{LLAMA_SITE}" in found["eigh"]
+    for name, points in found["eigh"].items():
+        assert [step for step, _ in points] == [step for step, _ in found["quadrature"][name]] == [2, 4]
+        assert [v for _, v in points] == pytest.approx([v for _, v in found["quadrature"][name]], rel=1e-4, abs=1e-4)
+
+
 # ---- TensorBoard
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from edit_runs import assert_same_state, curves, fit, ledger, results, saved_state
-from tiny import LLAMA_SITE, WORDS, edit_rows, save_model, tiny_llama, word_tokenizer, write_stream
+from tiny import LLAMA_SITE, WORDS, edit_rows, relative_difference, save_model, tiny_llama, word_tokenizer, write_stream
 
 from stableedit_pl.callbacks import EditEvaluation, StabilityMonitor, TurnCheckpoint, WarmUp
 from stableedit_pl.errors import IncompatibleCheckpoint
@@ -197,6 +197,19 @@ def test_micro_batches_may_change_unless_they_are_part_of_the_method(
         else:
             fit(run, llama_folder, data, model, ckpt_path="last")
             assert len(ledger(run)) == 33
+
+
+def test_the_solver_of_the_inverse_root_may_change_and_changes_only_rounding(
+    tmp_path: Path, llama_folder: str, stream_file: str
+) -> None:
+    ends = {}
+    for last in ("eigh", "quadrature"):
+        run = tmp_path / last
+        fit(run, llama_folder, {"path": stream_file}, {"whitening_solver": "eigh"}, trainer={"max_steps": 2})
+        fit(run, llama_folder, {"path": stream_file}, {"whitening_solver": last}, ckpt_path="last")
+        ends[last] = saved_state(run)[f"model.{LLAMA_SITE}.weight"]
+    assert not torch.equal(ends["eigh"], ends["quadrature"])
+    assert relative_difference(ends["quadrature"], ends["eigh"]) < 1e-6
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path, llama_folder: str, stream_file: str) -> None:

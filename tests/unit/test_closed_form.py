@@ -1,19 +1,24 @@
 """One step: capture, plan, commit; all of it or nothing."""
 
+import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from allocations import peak_bytes
 from tiny import relative_difference
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from stableedit_pl import closed_form
+from stableedit_pl import closed_form, workspace
 from stableedit_pl.capture import Captured
 from stableedit_pl.closed_form import ClosedFormEdit, EditorState, StepInput
-from stableedit_pl.planning import BadTurn, MethodSettings, plan_turn
+from stableedit_pl.planning import BadTurn, MethodSettings, TurnPlan, plan_turn
+from stableedit_pl.ridge import SiteUpdate
 from stableedit_pl.sites import Site
 from stableedit_pl.statistics import LNStatistics, Rows
+from stableedit_pl.workspace import Workspace
 
 SETTINGS = MethodSettings(step_size=0.01, ridge=2.0)
 
@@ -63,7 +68,9 @@ def test_a_step_commits_weights_statistics_and_counter_together() -> None:
     loss = bench.step()
     assert loss.item() == 1.5
     for site, before in zip(bench.sites, weights, strict=True):
-        assert torch.equal(site.weight, before + site.oriented(plan.updates[site.name].dense()))
+        update = plan.updates[site.name]
+        exact = before.double() + site.oriented(update.left.double().T @ update.right)
+        assert torch.equal(site.weight, exact.float())  # rounded once
         assert not torch.equal(site.weight, before)
     assert bench.state.committed_turns == 1 and not bench.state.committing
     assert bench.state.statistics.gradients["a"].count == 3
@@ -127,7 +134,7 @@ def test_a_zero_update_is_refused_unless_every_edit_is_known() -> None:
     assert bench.state.committed_turns == 1
 
 
-@pytest.mark.parametrize("where", ["closure", "take_input", "plan", "dense"])
+@pytest.mark.parametrize("where", ["closure", "take_input", "plan", "read", "workspace"])
 def test_an_exception_before_the_commit_leaves_everything_as_it_was(where: str, monkeypatch: Any) -> None:
     bench = Bench()
     bench.step()
@@ -139,9 +146,11 @@ def test_an_exception_before_the_commit_leaves_everything_as_it_was(where: str, 
     if where == "take_input":
         bench.optimizer.take_input = fail
     elif where == "plan":
-        monkeypatch.setattr(closed_form, "plan_turn", fail)
-    elif where == "dense":
-        monkeypatch.setattr("stableedit_pl.ridge.SiteUpdate.dense", fail)
+        monkeypatch.setattr(closed_form, "draft_turn", fail)
+    elif where == "read":
+        monkeypatch.setattr("stableedit_pl.planning.TurnDraft.read", fail)
+    elif where == "workspace":
+        monkeypatch.setattr(closed_form, "Workspace", fail)
     with pytest.raises(MemoryError):
         bench.optimizer.step(fail if where == "closure" else lambda: torch.tensor(1.0))
     assert bench.unchanged_since(snapshot) and not bench.state.committing
@@ -154,7 +163,7 @@ def test_committing_is_true_exactly_while_a_commit_writes(monkeypatch: Any) -> N
     monkeypatch.setattr(
         Site,
         "add",
-        lambda self, d: (seen.append((bench.state.committing, bench.state.committed_turns)), add(self, d))[1],
+        lambda self, *a: (seen.append((bench.state.committing, bench.state.committed_turns)), add(self, *a))[1],
     )
     during_closure = []
     bench.optimizer.step(lambda: (during_closure.append(bench.state.committing), torch.tensor(1.0))[1])
@@ -166,10 +175,10 @@ def test_a_failure_in_the_middle_of_a_commit_stays_marked(monkeypatch: Any) -> N
     bench = Bench()
     add = Site.add
 
-    def fail_at_b(self: Site, delta: Tensor) -> None:
+    def fail_at_b(self: Site, *args: Any) -> None:
         if self.name == "b":
             raise MemoryError
-        add(self, delta)
+        add(self, *args)
 
     monkeypatch.setattr(Site, "add", fail_at_b)
     with pytest.raises(MemoryError):
@@ -248,20 +257,64 @@ def test_a_weight_that_overflows_its_dtype_is_a_bad_turn() -> None:
     assert bench.unchanged_since(snapshot)
 
 
-def test_the_commit_allocates_nothing_after_its_first_write(monkeypatch: Any) -> None:
-    """_commit: 'Whatever needs memory or could fail happens before the first write; the writes are in place.'"""
-    bench = Bench(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [64, 2**26])
+def test_a_commit_allocates_nothing(dtype: torch.dtype, block: int, monkeypatch: Any) -> None:
+    """Weights are written in memory that was there before the first of them: running out of it leaves no half turn."""
+    monkeypatch.setattr(workspace, "BLOCK_BYTES", block)
+    torch.manual_seed(0)
+    sites = [Site("a", nn.Linear(64, 48).to(dtype)), Site("b", Conv1D(32, 80).to(dtype))]
+    for site in sites:
+        site.use_master("cpu")
+    optimizer = ClosedFormEdit(sites, EditorState(LNStatistics.empty(sites, "site")), lambda: None)  # type: ignore
+    updates = {
+        site.name: SiteUpdate(torch.randn(3, site.d_in), torch.randn(3, site.d_out, dtype=torch.float64))
+        for site in sites
+    }
+    prepared = optimizer._prepared(updates)
+    plan = TurnPlan(optimizer.editor_state.statistics, updates, dict.fromkeys(updates, 1.0))
+    before = [site.weight.clone() for site in sites]
+    # Kernels take a fixed area of their own; a block of either site would be at least three times as much.
+    assert peak_bytes(lambda: optimizer._commit(plan, prepared, None)) < 4096
+    assert all(not torch.equal(site.weight, old) for site, old in zip(sites, before, strict=True))
+
+
+def test_the_solver_is_logged_once_for_each_shape_and_when_it_changes(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench()
+    with caplog.at_level(logging.INFO):
+        bench.step(bench.turn(0, update_weights=False))
+        bench.step(bench.turn(1))
+        bench.step(bench.turn(2))
+        bench.step(replace(bench.turn(3), settings=replace(SETTINGS, whitening_solver="quadrature")))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"Value gradients of {shape} sites are whitened by {solver}"
+        for solver in ("eigh", "quadrature")
+        for shape in ("6 x 4", "5 x 3")
+    ]
+
+
+def test_a_loss_that_is_not_finite_is_told_before_what_follows_from_it() -> None:
+    bench = Bench()
     snapshot = bench.snapshot()
-    convert = Tensor.to
+    bad = bench.turn(0)
+    bad.captured.losses[1] = float("nan")
+    bad.captured.rows["a"].gradients.fill_(float("nan"))
+    with pytest.raises(BadTurn, match="the loss of the turn's edits is not finite"):
+        bench.step(bad)
+    assert bench.unchanged_since(snapshot)
 
-    def out_of_memory(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if bench.state.committing and torch.bfloat16 in args and self.dtype == torch.float32 and self.shape == (5, 3):
-            raise MemoryError
-        return convert(self, *args, **kwargs)
 
-    monkeypatch.setattr(Tensor, "to", out_of_memory)
-    try:
-        bench.step()
-    except MemoryError:
-        monkeypatch.undo()
-        assert bench.unchanged_since(snapshot)
+@pytest.mark.parametrize("master", [True, False])
+def test_the_last_weight_in_range_is_not_refused(master: bool) -> None:
+    """float16 ends at 65504; what rounds to it is in range, what rounds to 65536 is not."""
+    for size, fits in ((15.9, True), (16.0, False)):
+        site = Site("a", nn.Linear(1, 1).half())
+        with torch.no_grad():
+            site.module.weight.fill_(65504.0)
+        if master:
+            site.use_master("cpu")
+        update = SiteUpdate(torch.ones(1, 1), torch.full((1, 1), size, dtype=torch.float64))
+        scratch = Workspace(torch.device("cpu"), 2, 1)
+        assert bool(site.stays_in_range(update, scratch)) is fits
+        site.add(update, scratch)
+        assert bool(torch.isfinite(site.weight).all()) is fits

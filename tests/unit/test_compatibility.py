@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import LLAMA_SITE, tiny_gpt2, tiny_llama
+from tiny import LLAMA_SITE, add_dense, tiny_gpt2, tiny_llama
 
 from stableedit_pl.compatibility import base_model_digest, refuse_differences
 from stableedit_pl.errors import IncompatibleCheckpoint
@@ -104,7 +104,7 @@ def test_the_digest_is_of_the_base_not_of_what_edits_made_of_it() -> None:
     model = tiny_llama()
     sites = resolve_sites(model, [LLAMA_SITE])
     before = base_model_digest(model.config, sites)
-    sites[0].add(sites[0].prepared(torch.ones(sites[0].d_in, sites[0].d_out)))
+    add_dense(sites[0], torch.ones(sites[0].d_in, sites[0].d_out))
     assert base_model_digest(model.config, sites) == before
 
 

@@ -22,11 +22,22 @@ LAYERS = [
     ["loaders"],
     ["editable_model", "report", "curves", "guards", "checkpoint_io"],
     ["closed_form", "scoring", "compatibility", "loading", "saved_state"],
-    ["capture", "planning", "turns", "record_encoding"],
+    ["capture", "planning", "memory", "turns", "record_encoding"],
     ["partial_forward", "lower_outputs"],
-    ["statistics", "normalization", "ridge", "sites", "encoding", "readers", "row_digest", "ledger"],
-    ["moments", "records", "run_directory", "stop_signals", "freed_memory", "micro_batches", "plain", "demo", "errors"],
-    ["integrity"],
+    ["statistics", "normalization", "sites", "encoding", "readers", "row_digest", "ledger"],
+    [
+        "moments",
+        "inverse_root",
+        "workspace",
+        "records",
+        "run_directory",
+        "stop_signals",
+        "freed_memory",
+        "micro_batches",
+        "plain",
+        "demo",
+    ],
+    ["integrity", "ridge", "errors"],
 ]
 """Top to bottom. A module imports from layers below its own; files in callbacks/ and readers/ also from each other."""
 
@@ -40,7 +51,8 @@ TRANSFORMERS = {"cli", "loading", "scoring", "sites"}
 TORCH = {
     *("callbacks", "export", "results", "editor", "stream", "checkpoint_io", "closed_form", "scoring"),
     *("compatibility", "loading", "capture", "planning", "turns", "statistics", "normalization", "ridge", "sites"),
-    *("encoding", "moments", "loaders", "verify", "saved_state", "partial_forward", "lower_outputs"),
+    *("inverse_root", "workspace", "memory", "encoding", "moments", "loaders", "verify", "saved_state"),
+    *("partial_forward", "lower_outputs"),
 }
 """Who may import what; everything else is for the standard library and this package alone."""
 

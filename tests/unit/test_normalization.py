@@ -1,5 +1,7 @@
 """Lifelong normalization against the float64 oracle, and against what whitening promises."""
 
+from dataclasses import replace
+
 import pytest
 import reference as ref
 import torch
@@ -9,14 +11,19 @@ from torch import Tensor
 from stableedit_pl.moments import Moments
 from stableedit_pl.normalization import (
     EPS,
+    QUADRATURE_WIDTH,
     Affine,
     Normalization,
     NormalizedRows,
+    Solver,
+    WhiteningSolver,
+    choose_solver,
     covariance,
     normalize,
+    spectrum,
     standardizer,
     unit_root_mean_square,
-    whitener,
+    whiten,
 )
 
 D_IN, D_OUT = 7, 5
@@ -68,7 +75,13 @@ def test_every_method_matches_the_reference(n: int, method: Normalization, prior
     # At n = d_out + 2 the paper's estimate has eigenvalues near zero: only conditioning sets the tolerance.
     assert relative_difference(got.gradients, expected_gradients) < 1e-4
     whitened = method == "whiten" and n >= 2 and (prior > 0 or n > D_OUT + 1)
-    assert (got.spectrum is not None) is whitened
+    assert got.solver == ("eigh" if whitened else None)
+
+
+def root_of(moments: Moments, prior: float, floor: float, solver: Solver = "eigh") -> Tensor:
+    """The root itself, float64: what whitening makes of the unit rows (moved by the mean that it takes off)."""
+    centred = replace(moments, mean=torch.zeros_like(moments.mean))
+    return whiten(torch.eye(len(moments.mean), dtype=torch.float64), centred, prior, floor, solver)
 
 
 def test_methods_differ_from_each_other() -> None:
@@ -92,15 +105,20 @@ def test_whitened_gradients_have_the_identity_covariance_when_rows_are_many() ->
     assert (raw.T @ raw / len(raw) - torch.eye(D_OUT, dtype=torch.float64)).norm() > 10  # it was not before
 
 
-def test_the_root_is_symmetric_and_its_square_inverts_the_covariance() -> None:
+@pytest.mark.parametrize("solver", ["eigh", "quadrature"])
+def test_the_root_is_symmetric_and_its_square_inverts_the_covariance(solver: Solver) -> None:
     moments = moments_of(rows(50, D_OUT), True)
-    whiten, spectrum = whitener(moments, 1.0, 0.0)
-    assert torch.allclose(whiten.scale, whiten.scale.T, rtol=0, atol=1e-6)
-    root = whiten.scale.double()
+    root = root_of(moments, 1.0, 0.0, solver)
+    assert torch.allclose(root, root.T, rtol=0, atol=1e-6)
     identity = root @ covariance(moments, 1.0) @ root
     assert torch.allclose(identity, torch.eye(D_OUT, dtype=torch.float64), atol=1e-5)
-    assert torch.all(spectrum.diff() >= 0) and spectrum.dtype == torch.float64
-    assert torch.allclose(spectrum, torch.linalg.eigvalsh(covariance(moments, 1.0)))
+
+
+def test_the_spectrum_is_the_covariances() -> None:
+    moments = moments_of(rows(50, D_OUT), True)
+    eigenvalues = spectrum(moments, 1.0, 0.0)
+    assert torch.all(eigenvalues.diff() >= 0) and eigenvalues.dtype == torch.float64
+    assert torch.allclose(eigenvalues, torch.linalg.eigh(covariance(moments, 1.0)).eigenvalues)
 
 
 def test_standardized_rows_have_unit_unbiased_variance() -> None:
@@ -115,8 +133,8 @@ def test_whitening_does_not_depend_on_the_loss_scale(scale: float) -> None:
     one = normalized(keys, gradients)
     other = normalized(keys, gradients * scale)
     assert relative_difference(other.gradients, one.gradients) < 1e-5
-    assert one.spectrum is not None and other.spectrum is not None
-    assert relative_difference(other.spectrum, one.spectrum * scale**2) < 1e-5
+    eigenvalues = spectrum(moments_of(gradients, True), 1.0, 0.0)
+    assert relative_difference(spectrum(moments_of(gradients * scale, True), 1.0, 0.0), eigenvalues * scale**2) < 1e-5
 
 
 def test_an_absolute_floor_ties_the_result_to_the_loss_scale() -> None:
@@ -137,7 +155,7 @@ def test_rank_deficient_gradients_stay_finite_and_bounded(prior: float, rank: in
     assert torch.isfinite(got.gradients).all()
     # Directions in which nothing was seen must not blow up rounding: rows stay of the size sqrt(rank).
     assert got.gradients.norm(dim=1).max() < 5 * rank**0.5 + 1
-    assert got.spectrum is not None and got.spectrum[0] > 0
+    assert got.solver == "eigh" and spectrum(moments_of(gradients, True), prior, 0.0)[0] > 0
 
 
 @pytest.mark.parametrize("prior", [1.0, 0.0])
@@ -167,7 +185,7 @@ def test_a_single_row_is_divided_by_its_root_mean_square(method: Normalization, 
     assert got.keys.square().mean().item() == pytest.approx(1.0, rel=1e-5)
     assert got.gradients.square().mean().item() == pytest.approx(1.0, rel=1e-5)
     assert torch.nn.functional.cosine_similarity(got.gradients, gradients).item() == pytest.approx(1.0, abs=1e-6)
-    assert got.spectrum is None
+    assert got.solver is None
     assert torch.count_nonzero(unit_root_mean_square(torch.zeros(2, 3))) == 0
 
 
@@ -183,9 +201,9 @@ def test_the_papers_prior_switches_to_whitening_exactly_after_d_out_plus_one_row
         got = normalized(keys[:n], gradients[:n], prior=0.0)
         standardized = normalized(keys[:n], gradients[:n], "standardize")
         if n <= D_OUT + 1:
-            assert torch.equal(got.gradients, standardized.gradients) and got.spectrum is None
+            assert torch.equal(got.gradients, standardized.gradients) and got.solver is None
         else:
-            assert relative_difference(got.gradients, standardized.gradients) > 0.1 and got.spectrum is not None
+            assert relative_difference(got.gradients, standardized.gradients) > 0.1 and got.solver == "eigh"
 
 
 def test_covariance_is_the_stated_formula() -> None:
@@ -212,12 +230,13 @@ def test_the_prior_fades_as_rows_come_in() -> None:
 def test_floors_clamp_the_eigenvalues(floor: float) -> None:
     gradients = rows(200, D_OUT)
     gradients[:, 0] = gradients[:, 1]  # one direction never varies
-    whiten, spectrum = whitener(moments_of(gradients, True), 0.0, floor)
+    moments = moments_of(gradients, True)
+    eigenvalues, root = spectrum(moments, 0.0, floor), root_of(moments, 0.0, floor)
     raw = torch.linalg.eigvalsh(covariance(moments_of(gradients, True), 0.0))
     lowest = max(floor, EPS * raw[-1].item())
-    assert spectrum[0].item() == pytest.approx(lowest, rel=1e-9)
-    assert torch.allclose(spectrum, raw.clamp(min=lowest))
-    assert torch.linalg.matrix_norm(whiten.scale.double(), 2).item() == pytest.approx(lowest**-0.5, rel=1e-4)
+    assert eigenvalues[0].item() == pytest.approx(lowest, rel=1e-9)
+    assert torch.allclose(eigenvalues, raw.clamp(min=lowest))
+    assert torch.linalg.matrix_norm(root, 2).item() == pytest.approx(lowest**-0.5, rel=1e-4)
 
 
 def test_moments_of_earlier_turns_count() -> None:
@@ -239,7 +258,56 @@ def test_inputs_are_not_changed_and_types_are_kept() -> None:
     assert got.keys.shape == keys.shape and got.gradients.shape == gradients.shape
 
 
-def test_affine_takes_a_vector_or_a_matrix() -> None:
+def test_affine_takes_off_the_mean_and_scales() -> None:
     x, mean = torch.tensor([[3.0, 5.0]]), torch.tensor([1.0, 1.0])
     assert torch.equal(Affine(mean, torch.tensor([2.0, 3.0]))(x), torch.tensor([[4.0, 12.0]]))
-    assert torch.equal(Affine(mean, torch.tensor([[0.0, 1.0], [1.0, 0.0]]))(x), torch.tensor([[4.0, 2.0]]))
+    assert torch.equal(x, torch.tensor([[3.0, 5.0]]))
+
+
+# ---- who takes the inverse root
+
+
+@pytest.mark.parametrize(
+    ("wanted", "width", "device", "chosen"),
+    [
+        ("auto", QUADRATURE_WIDTH - 1, "cpu", "eigh"),
+        ("auto", QUADRATURE_WIDTH, "cpu", "quadrature"),
+        ("auto", 4, "cuda", "quadrature"),
+        ("eigh", QUADRATURE_WIDTH, "cuda", "eigh"),
+        ("quadrature", 4, "cpu", "quadrature"),
+    ],
+)
+def test_the_solver_follows_device_and_width_unless_it_is_named(
+    wanted: WhiteningSolver, width: int, device: str, chosen: str
+) -> None:
+    assert choose_solver(wanted, 1000, width, torch.device(device), 1.0, 0.0) == chosen
+
+
+@pytest.mark.parametrize("wanted", ["auto", "quadrature"])
+@pytest.mark.parametrize(
+    ("count", "prior", "floor", "possible"),
+    [
+        (1000, 0.0, 0.0, False),
+        (1000, 1.0, 1e-9, False),
+        (8_000_000, 1.0, 0.0, True),
+        (9_000_000, 1.0, 0.0, False),  # the clamp at epsilon times the largest eigenvalue could be active
+        (80_000, 0.01, 0.0, True),
+        (90_000, 0.01, 0.0, False),
+    ],
+)
+def test_quadrature_is_left_alone_where_eigenvalues_may_be_clamped(
+    wanted: WhiteningSolver, count: int, prior: float, floor: float, possible: bool
+) -> None:
+    chosen = choose_solver(wanted, count, 4096, torch.device("cuda"), prior, floor)
+    assert chosen == ("quadrature" if possible else "eigh")
+
+
+@pytest.mark.parametrize("n", [2, 3, 40, 3000])
+@pytest.mark.parametrize("prior", [1.0, 0.1, 10.0])
+def test_both_solvers_give_the_reference(n: int, prior: float) -> None:
+    keys, gradients = rows(n, D_IN), rows(n, D_OUT, seed=1, scale=1e-6)
+    moments = moments_of(keys, False), moments_of(gradients, True)
+    _, expected = by_reference(keys, gradients, prior=prior)
+    for solver in ("eigh", "quadrature"):
+        got = normalize(keys, gradients, *moments, "whiten", prior, solver=solver)  # type: ignore[arg-type]
+        assert got.solver == solver and relative_difference(got.gradients, expected) < 1e-5

@@ -8,6 +8,7 @@ import torch
 from tiny import relative_difference
 from torch import nn
 
+from stableedit_pl.errors import SettingError
 from stableedit_pl.planning import BadTurn, MethodSettings, TurnPlan, plan_turn
 from stableedit_pl.statistics import LNStatistics, Rows
 
@@ -70,7 +71,7 @@ def test_the_moments_include_the_turn_that_they_normalize() -> None:
     rows, empty = turn(4, 0), LNStatistics.empty(SITES, "site")
     plan = plan_turn(rows, empty, MethodSettings())
     assert plan.statistics.gradients["a"].count == 4
-    assert plan.spectra.keys() == {"a", "b", "c"} and plan.spectra["c"].shape == (5,)
+    assert plan.solvers == {"a": "eigh", "b": "eigh", "c": "eigh"}
 
 
 def test_planning_writes_nothing() -> None:
@@ -85,7 +86,7 @@ def test_a_statistics_only_turn_feeds_the_moments_and_nothing_else() -> None:
     rows = turn(4, 0)
     plan = plan_turn(rows, LNStatistics.empty(SITES, "site"), MethodSettings(), update_weights=False)
     full = plan_turn(rows, LNStatistics.empty(SITES, "site"), MethodSettings())
-    assert plan.updates == {} and plan.spectra == {}
+    assert plan.updates == {} and plan.solvers == {} and plan.norms == {}
     assert all(torch.equal(t, full.statistics.tensors()[n]) for n, t in plan.statistics.tensors().items())
 
 
@@ -169,3 +170,32 @@ def test_a_system_that_cannot_be_solved_is_a_bad_turn() -> None:
         plan_turn(rows, LNStatistics.empty(SITES[:1], "site"), MethodSettings("none"))
     except BadTurn:
         return
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({"prior_strength": 0.0}, "needs a positive prior_strength and eigenvalue_floor 0, got 0.0 and 0.0"),
+        ({"eigenvalue_floor": 1e-6}, "needs a positive prior_strength and eigenvalue_floor 0, got 1.0 and 1e-06"),
+    ],
+)
+def test_quadrature_where_it_cannot_be_is_refused_only_if_it_was_named(others: dict[str, float], message: str) -> None:
+    with pytest.raises(SettingError, match=f"whitening_solver quadrature {message}; use auto or eigh"):
+        MethodSettings(**others, whitening_solver="quadrature")  # type: ignore[arg-type]
+    for solver in ("auto", "eigh"):
+        MethodSettings(**others, whitening_solver=solver)  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match="whitening_solver must be one of auto, eigh, quadrature, got 'lanczos'"):
+        MethodSettings(whitening_solver="lanczos")  # type: ignore[arg-type]
+
+
+def test_the_solver_is_no_part_of_what_a_method_is() -> None:
+    assert MethodSettings(whitening_solver="eigh").identity() == MethodSettings().identity()
+    assert MethodSettings(ridge=2.0).identity() != MethodSettings().identity()
+    names = ("normalization", "step_size", "ridge", "prior_strength", "eigenvalue_floor")
+    assert tuple(MethodSettings().identity()) == names
+
+
+def test_a_plan_tells_its_norms() -> None:
+    plan = plan_turn(turn(4, 0), LNStatistics.empty(SITES, "site"), MethodSettings(step_size=0.1))
+    assert plan.norms == {name: pytest.approx(update.norm().item()) for name, update in plan.updates.items()}
+    assert all(norm > 0 for norm in plan.norms.values())
