@@ -15,6 +15,8 @@ PACKAGE = Path(stableedit_pl.__file__).parent
 LAYERS = [
     ["__main__"],
     ["cli"],
+    ["edit_cli"],
+    ["plain_verbs"],
     ["trainer", "export", "verify"],
     ["callbacks"],
     ["results"],
@@ -24,6 +26,7 @@ LAYERS = [
     ["closed_form", "scoring", "compatibility", "loading", "saved_state"],
     ["capture", "planning", "turns", "record_encoding"],
     ["statistics", "normalization", "ridge", "sites", "encoding", "readers", "row_digest", "ledger"],
+    ["checkpoint_file", "results_file", "front_page", "screen"],
     ["moments", "records", "run_directory", "stop_signals", "freed_memory", "plain", "demo", "errors"],
     ["integrity"],
 ]
@@ -32,14 +35,14 @@ LAYERS = [
 LAYER = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
 
 LIGHTNING = {
-    *("cli", "trainer", "callbacks", "results", "editor", "stream", "editable_model", "curves", "guards"),
+    *("edit_cli", "trainer", "callbacks", "results", "editor", "stream", "editable_model", "curves", "guards"),
     "checkpoint_io",
 }
-TRANSFORMERS = {"cli", "loading", "scoring", "sites"}
+TRANSFORMERS = {"loading", "scoring", "sites"}
 TORCH = {
     *("callbacks", "export", "results", "editor", "stream", "checkpoint_io", "closed_form", "scoring"),
     *("compatibility", "loading", "capture", "planning", "turns", "statistics", "normalization", "ridge", "sites"),
-    *("encoding", "moments", "loaders", "verify", "saved_state"),
+    *("encoding", "moments", "loaders", "verify", "saved_state", "checkpoint_file"),
 }
 """Who may import what; everything else is for the standard library and this package alone."""
 
