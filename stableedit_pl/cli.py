@@ -57,6 +57,8 @@ def main(args: Sequence[str] | None = None) -> None:
         else:
             with _no_garbage_collection():
                 from stableedit_pl.edit_cli import run_edit_cli
+            if args is None:
+                gc.freeze()  # what is imported stays: each search for garbage would go through all of it again
             run_edit_cli(arguments[0] if arguments[0] in VERBS else None, args)
     except StopRequested as stop:
         say(f"\n{stop}; everything is saved. Go on with:\n  {_resume_command(arguments)}", error=True)
