@@ -1,6 +1,5 @@
-"""Checkpoint files that are whole or absent, and loading that executes no code."""
+"""Checkpoint files that are whole or absent; loading them executes no code."""
 
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,11 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from stableedit_pl.integrity import damage, seal
+from stableedit_pl.checkpoint_file import CheckpointError, read_checkpoint
+from stableedit_pl.integrity import seal
 from stableedit_pl.run_directory import flush_directory, flush_to_disk
+
+__all__ = ["AtomicCheckpointIO", "CheckpointError", "read_checkpoint", "tensor_bytes"]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -52,35 +54,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(path, map_location or "cpu")
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or read; the message says why and what to do."""
-
-
-def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Load tensors and plain values from a file; nothing in it is ever executed.
-
-    Args:
-        path: the file.
-        map_location: as in ``torch.load``.
-
-    Raises:
-        CheckpointError: if the file is damaged, or asks for anything but tensors and plain values.
-    """
-    problem = damage(Path(path))
-    if problem is not None:
-        raise CheckpointError(f"{path} is damaged: {problem}")
-    try:
-        loaded: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds more than tensors and plain values, so it was not written by stableedit_pl. It is refused, "
-            f"and nothing in it was executed. ({_what_it_asks_for(error)})"
-        ) from error
-    except RuntimeError as error:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
-    return loaded
-
-
 def tensor_bytes(value: Any) -> int:
     """Bytes of all tensors in a nested checkpoint."""
     if isinstance(value, torch.Tensor):
@@ -88,9 +61,3 @@ def tensor_bytes(value: Any) -> int:
     if isinstance(value, dict):
         return sum(tensor_bytes(item) for item in value.values())
     return sum(tensor_bytes(item) for item in value) if isinstance(value, (list, tuple)) else 0
-
-
-def _what_it_asks_for(error: Exception) -> str:
-    """The line of PyTorch's long message that names what a file wanted to call."""
-    lines = [line.strip() for line in str(error).splitlines() if "Unsupported" in line]
-    return lines[0].split(" was not")[0] if lines else str(error).splitlines()[0]

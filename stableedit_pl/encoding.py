@@ -8,6 +8,7 @@ Vocabulary used by every other file:
 * a *batch* is several encodings, padded on the right.
 """
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,9 @@ from torch import Tensor
 
 IGNORED = -100
 """Label of a position that predicts no target token (the value PyTorch's cross entropy ignores)."""
+
+_ONE_AT_A_TIME = threading.Lock()
+"""Tokenizers are not made for several threads: the next turn is encoded in one of its own while this one is scored."""
 
 T = TypeVar("T")
 
@@ -112,23 +116,10 @@ class Encoder:
         Raises:
             EncodingError: if the prompt or the target has no tokens, or both together do not fit the context.
         """
-        prompt_ids = list(self.tokenizer(prompt, add_special_tokens=True)["input_ids"])
-        target_ids = list(self.tokenizer(" " + target, add_special_tokens=False)["input_ids"])
-        # Some tokenizers close every text with an end token; after the prompt it would end the sentence
-        # before the answer. It is part of the special tokens, so the target starts where it stood.
-        eos = self.tokenizer.eos_token_id
-        if len(prompt_ids) > 1 and prompt_ids[-1] == eos and eos != self.tokenizer.bos_token_id:
-            prompt_ids.pop()
+        prompt_ids, target_ids = self._prompts([prompt])[0], self._targets([target])[0]
         counted = [self.count_bare_space or not self._is_bare_space(token) for token in target_ids]
-        if not prompt_ids:
-            raise EncodingError(f"the prompt {prompt!r} tokenizes to nothing, so no position predicts the target")
-        if not any(counted):
-            raise EncodingError(f"the target {target!r} tokenizes to nothing that could be scored")
-        length = len(prompt_ids) + len(target_ids) - 1
-        if self.context_length is not None and length > self.context_length:
-            raise EncodingError(
-                f"prompt and target need {length} tokens, but the model's context is {self.context_length}"
-            )
+        if refusal := self._refusal(prompt, target, len(prompt_ids), len(target_ids), any(counted)):
+            raise EncodingError(refusal)
         answer_labels = [token if keep else IGNORED for token, keep in zip(target_ids, counted, strict=True)]
         return Encoding(
             input_ids=tuple(prompt_ids + target_ids[:-1]),
@@ -136,6 +127,64 @@ class Encoder:
             prompt_length=len(prompt_ids),
             skipped=tuple(token for token, keep in zip(target_ids, counted, strict=True) if not keep),
         )
+
+    def refusals(self, pairs: Sequence[tuple[str, str]]) -> list[str | None]:
+        """Find out which prompts and targets :meth:`encode` would refuse, many at a time; keeps no tokens.
+
+        Args:
+            pairs: prompts with their targets; a text that recurs is tokenized once.
+
+        Returns:
+            For each pair the message of the error, or None where it can be encoded.
+        """
+        prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))
+        targets = list(dict.fromkeys(target for _, target in pairs))
+        prompt_lengths = dict(zip(prompts, map(len, self._prompts(prompts)), strict=True))
+        target_sizes: dict[str, tuple[int, bool]] = {}
+        bare: dict[int, bool] = {}
+        for target, ids in zip(targets, self._targets(targets), strict=True):
+            scored = bool(ids) if self.count_bare_space else False
+            for token in ids:
+                if scored:
+                    break
+                if token not in bare:
+                    bare[token] = self._is_bare_space(token)
+                scored = not bare[token]
+            target_sizes[target] = len(ids), scored
+        return [self._refusal(p, t, prompt_lengths[p], *target_sizes[t]) for p, t in pairs]
+
+    def _refusal(self, prompt: str, target: str, prompt_length: int, target_length: int, scored: bool) -> str | None:
+        """Why a prompt and a target of so many tokens cannot be encoded, if so."""
+        if not prompt_length:
+            return f"the prompt {prompt!r} tokenizes to nothing, so no position predicts the target"
+        if not scored:
+            return f"the target {target!r} tokenizes to nothing that could be scored"
+        length = prompt_length + target_length - 1
+        if self.context_length is not None and length > self.context_length:
+            return f"prompt and target need {length} tokens, but the model's context is {self.context_length}"
+        return None
+
+    def _prompts(self, prompts: list[str]) -> list[list[int]]:
+        """Tokens of prompts, with the special tokens that come before."""
+        tokens = self._tokens(prompts, add_special_tokens=True)
+        # Some tokenizers close every text with an end token; after the prompt it would end the sentence
+        # before the answer. It is part of the special tokens, so the target starts where it stood.
+        eos = self.tokenizer.eos_token_id
+        if eos != self.tokenizer.bos_token_id:
+            for ids in tokens:
+                if len(ids) > 1 and ids[-1] == eos:
+                    ids.pop()
+        return tokens
+
+    def _targets(self, targets: list[str]) -> list[list[int]]:
+        """Tokens of targets, each after one space."""
+        return self._tokens([" " + target for target in targets], add_special_tokens=False)
+
+    def _tokens(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        if not texts:  # which tokenizers do not take
+            return []
+        with _ONE_AT_A_TIME:
+            return [list(ids) for ids in self.tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]]
 
     def _is_bare_space(self, token: int) -> bool:
         """Whether a token is nothing but sentencepiece's word mark; a byte-level space is a token like others."""

@@ -4,7 +4,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from stableedit_pl.checkpoint_io import read_checkpoint
+from stableedit_pl.checkpoint_file import read_checkpoint
 from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.results import read_results, results_table
 from stableedit_pl.run_directory import LAST, RunDirectory, RunDirectoryError

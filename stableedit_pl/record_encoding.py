@@ -1,11 +1,14 @@
 """Records to encodings, with errors that name file, row and field."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from stableedit_pl.encoding import Encoder, Encoding, EncodingError
+from stableedit_pl.encoding import Encoder, Encoding, EncodingError, chunks
 from stableedit_pl.records import DataError, EditRecord, Problem
+
+_CHECKED_TOGETHER = 1000
+"""Rows whose texts are tokenized in one call: enough to hide what a call costs, and a few megabytes of tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +73,22 @@ class RecordEncoder:
             tuple(self._encode(record, "locality", probe.prompt, probe.target) for probe in record.locality),
         )
 
-    def check(self, records: Sequence[EditRecord]) -> None:
-        """Encode every record once, so that a row the model cannot take is found before any weight is touched.
+    def check(self, records: Iterable[EditRecord]) -> None:
+        """Tokenize every record once, so that a row the model cannot take is found before any weight is touched.
+
+        Goes through the records piece by piece, and keeps no tokens.
 
         Raises:
-            DataError: listing every such row.
+            DataError: listing every such row, with what :meth:`scored` would say of it.
         """
         problems: list[Problem] = []
-        for record in records:
-            try:
-                self.scored(record)
-            except DataError as error:
-                problems.extend(error.problems)
+        for piece in chunks(records, _CHECKED_TOGETHER):
+            prompts = [list(_prompts(record)) for record in piece]
+            refusals = iter(self.encoder.refusals([(text, target) for texts in prompts for _, text, target in texts]))
+            for record, texts in zip(piece, prompts, strict=True):
+                found = [(field, refusal) for field, _, _ in texts if (refusal := next(refusals))]
+                if found:
+                    problems.append(_problem(record, *found[0]))
         if problems:
             raise DataError(self.path, problems)
 
@@ -89,16 +96,24 @@ class RecordEncoder:
         try:
             return self.encoder.encode(prompt, target)
         except EncodingError as error:
-            about_target = "the target" in str(error) and field == "prompt"
-            raise DataError(
-                self.path,
-                [
-                    Problem(
-                        problem=str(error),
-                        remedy="Shorten or correct the text, or remove the row.",
-                        field="target" if about_target else field,
-                        row=record.row,
-                        place=f"row {record.row} (id {record.id!r})",
-                    )
-                ],
-            ) from error
+            raise DataError(self.path, [_problem(record, field, str(error))]) from error
+
+
+def _prompts(record: EditRecord) -> Iterator[tuple[str, str, str]]:
+    """Field, prompt and target of everything that :meth:`RecordEncoder.scored` encodes, in its order."""
+    yield "prompt", record.prompt, record.target
+    for text in record.rephrases:
+        yield "rephrases", text, record.target
+    for probe in record.locality:
+        yield "locality", probe.prompt, probe.target
+
+
+def _problem(record: EditRecord, field: str, refusal: str) -> Problem:
+    about_target = "the target" in refusal and field == "prompt"
+    return Problem(
+        problem=refusal,
+        remedy="Shorten or correct the text, or remove the row.",
+        field="target" if about_target else field,
+        row=record.row,
+        place=f"row {record.row} (id {record.id!r})",
+    )

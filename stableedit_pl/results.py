@@ -5,7 +5,6 @@ import os
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +14,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from stableedit_pl.curves import tensorboard_writers
 from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.plain import plain
+from stableedit_pl.results_file import read_results
 from stableedit_pl.run_directory import RunDirectory, write_atomically
 from stableedit_pl.scoring import KINDS
 from stableedit_pl.stream import EditStream
+
+__all__ = ["edits_per_second", "read_results", "results_table", "scores_table", "write_results"]
 
 _RULES = {
     "token_match": "teacher forcing; fraction of the target's tokens that are the model's first choice",
@@ -98,12 +100,6 @@ def scores_table(scores: Mapping[str, Mapping[str, float | None]]) -> str:
 
 def _cell(score: float | None) -> str:
     return "-" if score is None else f"{score:.3f}"
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """The results of a run."""
-    loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return loaded
 
 
 def edits_per_second(results: Mapping[str, Any]) -> float:

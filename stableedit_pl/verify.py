@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from stableedit_pl.checkpoint_io import CheckpointError, read_checkpoint
+from stableedit_pl.checkpoint_file import CheckpointError, read_checkpoint
 from stableedit_pl.integrity import damage
 from stableedit_pl.ledger import LedgerError, Position, read_ledger
-from stableedit_pl.results import read_results
+from stableedit_pl.results_file import read_results
 from stableedit_pl.run_directory import RunDirectory, RunDirectoryError
 
 

@@ -70,6 +70,8 @@ class RowParser:
         return value if isinstance(value, str) else ""
 
     def _text(self, names: tuple[str, ...], remedy: str) -> str:
+        if len(names) == 1 and (value := find(self._fields, names[0])) is not MISSING:
+            return self._check(names[0], value, remedy)
         present = [name for name in names if find(self._fields, name) is not MISSING]
         if not present:
             also = "".join(f' (so is "{name}", its name in other versions)' for name in names[1:])
@@ -144,7 +146,9 @@ class RowParser:
         return tuple(map(Probe, prompts, answers))
 
     def _probe_objects(self, field: str) -> tuple[Probe, ...]:
-        value = [] if is_absent(self._fields, field) else find(self._fields, field)
+        if is_absent(self._fields, field):
+            return ()
+        value = find(self._fields, field)
         if not isinstance(value, list):
             self._fail(field, f"is {kind_of(value)}, not a list", f"Write [{_PROBE_SHAPE}].")
             return ()

@@ -1,6 +1,6 @@
 """Text to tokens: which positions predict the target, for each family of tokenizers."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import reference as ref
@@ -185,6 +185,76 @@ def test_what_does_not_fit_the_context_is_refused_and_what_just_fits_is_taken() 
     with pytest.raises(EncodingError, match="prompt and target need 6 tokens, but the model's context is 5"):
         encoder.encode("w1 w2", "w3 w4 w5 w6")
     assert len(Encoder(TOKENIZER, None).encode("w1 " * 500, "w2").input_ids) == 501
+
+
+# ---- many at a time
+
+
+class SlowTokenizer:
+    """The least of a tokenizer written in Python: special tokens around a text's words, none around nothing."""
+
+    bos_token_id, eos_token_id, pad_token_id = 1, 2, None
+
+    def __call__(self, text: Any, add_special_tokens: bool = True) -> dict[str, Any]:
+        if isinstance(text, list):
+            return {"input_ids": [self(one, add_special_tokens)["input_ids"] for one in text]}
+        words = [3 + len(word) for word in text.split()]
+        return {"input_ids": [1, *words, 2] if add_special_tokens and words else words}
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return MARK if token == 3 + 9 else f"piece {token}"
+
+
+TEXTS = [
+    "",
+    " ",
+    "\n",
+    "a",
+    "Paris",
+    "is Paris",
+    "Paris is is",
+    "a b c d e f",
+    "w1 w2 w3",
+    "ninechars",
+    "a<end>",
+    "</s>",
+]
+
+
+@pytest.mark.parametrize("count_bare_space", [True, False])
+@pytest.mark.parametrize("kind", ["words", "ended", "splitting", "metaspace", "byte_level", "slow"])
+def test_refusals_are_those_of_encode(kind: str, count_bare_space: bool, request: pytest.FixtureRequest) -> None:
+    """Every prompt with every target, all in one call, with each of them more than once."""
+    ended = word_tokenizer()
+    ended.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    own = {"words": TOKENIZER, "ended": ended, "slow": SlowTokenizer()}
+    encoder = Encoder(own.get(kind) or request.getfixturevalue(kind), 4, count_bare_space)
+    pairs = [(prompt, target) for prompt in TEXTS for target in TEXTS]
+    expected: list[str | None] = []
+    for prompt, target in pairs:
+        try:
+            encoder.encode(prompt, target)
+            expected.append(None)
+        except EncodingError as error:
+            expected.append(str(error))
+    assert encoder.refusals(pairs) == expected
+    assert None in expected and any(said and "context is 4" in said for said in expected)
+    assert encoder.refusals([]) == []
+
+
+def test_a_text_that_recurs_is_tokenized_once() -> None:
+    class Counts(SlowTokenizer):
+        texts: ClassVar[list[str]] = []
+
+        def __call__(self, text: Any, add_special_tokens: bool = True) -> dict[str, Any]:
+            if isinstance(text, str):
+                self.texts.append(text)
+            return super().__call__(text, add_special_tokens)
+
+    assert Encoder(Counts()).refusals([("a b", "c"), ("a b", "d"), ("e", "c")]) == [None] * 3
+    assert Counts.texts == ["a b", "e", " c", " d"]
 
 
 # ---- batches

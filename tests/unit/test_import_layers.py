@@ -15,6 +15,8 @@ PACKAGE = Path(stableedit_pl.__file__).parent
 LAYERS = [
     ["__main__"],
     ["cli"],
+    ["edit_cli"],
+    ["plain_verbs"],
     ["trainer", "export", "verify"],
     ["callbacks"],
     ["results"],
@@ -25,6 +27,7 @@ LAYERS = [
     ["capture", "planning", "memory", "turns", "record_encoding"],
     ["partial_forward", "lower_outputs"],
     ["statistics", "normalization", "sites", "encoding", "readers", "row_digest", "ledger"],
+    ["checkpoint_file", "results_file", "front_page", "screen"],
     [
         "moments",
         "inverse_root",
@@ -44,15 +47,15 @@ LAYERS = [
 LAYER = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
 
 LIGHTNING = {
-    *("cli", "trainer", "callbacks", "results", "editor", "stream", "editable_model", "curves", "guards"),
+    *("edit_cli", "trainer", "callbacks", "results", "editor", "stream", "editable_model", "curves", "guards"),
     "checkpoint_io",
 }
-TRANSFORMERS = {"cli", "loading", "scoring", "sites"}
+TRANSFORMERS = {"loading", "scoring", "sites"}
 TORCH = {
     *("callbacks", "export", "results", "editor", "stream", "checkpoint_io", "closed_form", "scoring"),
     *("compatibility", "loading", "capture", "planning", "turns", "statistics", "normalization", "ridge", "sites"),
     *("inverse_root", "workspace", "memory", "encoding", "moments", "loaders", "verify", "saved_state"),
-    *("partial_forward", "lower_outputs"),
+    *("partial_forward", "lower_outputs", "checkpoint_file"),
 }
 """Who may import what; everything else is for the standard library and this package alone."""
 

@@ -1,14 +1,18 @@
 """Records to encodings: everything that scores an edit, and errors that name the place."""
 
+import itertools
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import word_tokenizer
 
+from stableedit_pl import record_encoding
 from stableedit_pl.encoding import Encoder, EncodingError
 from stableedit_pl.record_encoding import RecordEncoder
-from stableedit_pl.records import DataError, EditRecord, Probe
+from stableedit_pl.records import DataError, EditRecord, Probe, Problem
 
 PATH = Path("data/edits.jsonl")
 ENCODE = RecordEncoder(Encoder(word_tokenizer(), context_length=6), PATH)
@@ -83,6 +87,53 @@ def test_check_lists_every_row_that_cannot_be_used_and_takes_the_rest() -> None:
     assert "3 problems in 3 rows" in str(raised.value)
     ENCODE.check(records[:1])
     ENCODE.check([])
+
+
+def test_check_says_of_each_row_what_encoding_it_would_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows with several faults too, of which the first counts; with pieces that end anywhere among the rows."""
+    texts = ("w1", "w2 w3", LONG, "", "\n")
+    records = [
+        record(row, id=f"e{row}", prompt=prompt or "w9", rephrases=tuple(t for t in rephrases if t.strip()))
+        for row, (prompt, *rephrases) in enumerate(itertools.product(texts[:3], texts, texts), start=1)
+    ]
+    expected: list[Problem] = []
+    for each in records:
+        try:
+            ENCODE.scored(each)
+        except DataError as error:
+            expected += error.problems
+    assert len(records) > len(expected) > 20
+    for together in (1, 7, 1000):
+        monkeypatch.setattr(record_encoding, "_CHECKED_TOGETHER", together)
+        with pytest.raises(DataError) as raised:
+            ENCODE.check(iter(records))
+        assert list(raised.value.problems) == expected
+
+
+def test_check_blames_a_target_without_tokens_on_the_target() -> None:
+    with pytest.raises(DataError) as raised:
+        RecordEncoder(ScoresNothing(word_tokenizer()), PATH).check([record(rephrases=("w5",))])
+    assert raised.value.field == "target" and len(raised.value.problems) == 1
+
+
+def test_check_goes_through_the_records_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long stream is never held as tokens: when a piece is tokenized, the rows behind it are not even read."""
+    monkeypatch.setattr(record_encoding, "_CHECKED_TOGETHER", 3)
+    read: list[int] = []
+    seen: list[tuple[int, int]] = []
+
+    class Watched(Encoder):
+        def refusals(self, pairs: Any) -> list[str | None]:
+            seen.append((len(pairs), len(read)))
+            return super().refusals(pairs)
+
+    def rows() -> Iterator[EditRecord]:
+        for row in range(1, 9):
+            read.append(row)
+            yield record(row)
+
+    RecordEncoder(Watched(word_tokenizer()), PATH).check(rows())
+    assert seen == [(3, 3), (3, 6), (2, 8)]
 
 
 def test_errors_and_encoders_travel_between_processes() -> None:
