@@ -113,8 +113,7 @@ class Captured:
     Attributes:
         rows: site name to its keys and value gradients, float32, rows in the order of the turn's edits.
         measured: per edit, cross entropy summed over its answer tokens before the turn, and the fraction of its answer
-            tokens that the model already predicted: float32 ``[2, edits]``, on the device. Reading it waits for the
-            device.
+            tokens that the model already predicted: float32 ``[2, edits]``, on the device.
         passes: the forward passes.
     """
 
@@ -122,19 +121,23 @@ class Captured:
     measured: Tensor
     passes: list[Pass] = field(default_factory=list)
 
+    def take(self, measured: list[float]) -> None:
+        """Take the elements of ``measured``, read together with other numbers; else the first look waits for them."""
+        self._read = measured
+
     @cached_property
-    def _read(self) -> list[list[float]]:
-        return self.measured.tolist()  # type: ignore[no-any-return]
+    def _read(self) -> list[float]:
+        return self.measured.flatten().tolist()  # type: ignore[no-any-return]
 
     @property
     def losses(self) -> list[float]:
         """Each edit's summed loss before the turn."""
-        return self._read[0]
+        return self._read[: self.measured.shape[1]]
 
     @property
     def correct(self) -> list[float]:
         """Fraction of each edit's answer tokens that the model already predicted."""
-        return self._read[1]
+        return self._read[self.measured.shape[1] :]
 
     @property
     def mean_loss(self) -> float:

@@ -169,7 +169,8 @@ class ClosedFormEdit(Optimizer):
             if site.weight.dtype == torch.float16
         ]
         # Up to here nothing waited for the device. From here on every number is there.
-        wrong, plan = draft.read(too_large)
+        wrong, plan, measured = draft.read(too_large, given.captured.measured)
+        given.captured.take(measured)
         loss, correct = given.captured.mean_loss, given.captured.correct
         if not math.isfinite(loss):
             raise BadTurn("the loss of the turn's edits is not finite")

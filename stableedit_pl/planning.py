@@ -110,18 +110,25 @@ class TurnDraft:
     faults: Sequence[tuple[str, Tensor]]
     norms: Mapping[str, Tensor]
 
-    def read(self, more_faults: Sequence[tuple[str, Tensor]] = ()) -> tuple[list[str], TurnPlan]:
-        """Wait for the numbers: the one place of a turn's algebra that does, once for each device.
+    def read(
+        self, more_faults: Sequence[tuple[str, Tensor]] = (), beside: Tensor | None = None
+    ) -> tuple[list[str], TurnPlan, list[float]]:
+        """Wait for the numbers: the one place of a turn that does, once for each device.
 
         Args:
             more_faults: checks of the updates that the caller made, as in :attr:`faults`; they come last.
+            beside: other numbers that the caller wants with the same wait.
 
         Returns:
-            What is wrong with the turn, most important first, and the plan, which must not be committed if anything is.
+            What is wrong with the turn, most important first; the plan, which must not be committed if anything is; and
+            the elements of ``beside``.
         """
         before, after = [message for message, _ in self.faults], [message for message, _ in more_faults]
         good = [verdict for _, verdict in (*self.faults, *more_faults)]
-        numbers = read_scalars([*good, *self.norms.values()])
+        wanted = [*good, *self.norms.values()] + ([] if beside is None else [beside])
+        read = read_tensors(wanted)
+        others = [] if beside is None else read.pop()
+        numbers = [value for (value,) in read]
         norms = dict(zip(self.norms, numbers[len(good) :], strict=True))
         unbounded = [name for name, norm in norms.items() if not norm < float("inf")]
         wrong = [message for message, number in zip(before, numbers, strict=False) if not number]
@@ -130,19 +137,20 @@ class TurnDraft:
                 f"the update of {', '.join(unbounded)} is not finite; a smaller step_size or a larger ridge may help"
             )
         wrong += [message for message, number in zip(after, numbers[len(before) :], strict=False) if not number]
-        return wrong, TurnPlan(self.statistics, self.updates, norms, self.solvers)
+        return wrong, TurnPlan(self.statistics, self.updates, norms, self.solvers), others
 
 
-def read_scalars(scalars: Sequence[Tensor]) -> list[float]:
-    """The values of scalar tensors, with one transfer for each device they are on."""
-    values = [0.0] * len(scalars)
+def read_tensors(tensors: Sequence[Tensor]) -> list[list[float]]:
+    """The elements of tensors, with one transfer for each device they are on."""
+    values: list[list[float]] = [[]] * len(tensors)
     places: dict[torch.device, list[int]] = {}
-    for place, scalar in enumerate(scalars):
-        places.setdefault(scalar.device, []).append(place)
+    for place, tensor in enumerate(tensors):
+        places.setdefault(tensor.device, []).append(place)
     for chosen in places.values():
-        numbers = torch.stack([scalars[place].double() for place in chosen]).tolist()
-        for place, number in zip(chosen, numbers, strict=True):
-            values[place] = number
+        numbers = torch.cat([tensors[place].double().flatten() for place in chosen]).tolist()
+        for place in chosen:
+            count = tensors[place].numel()
+            values[place], numbers = numbers[:count], numbers[count:]
     return values
 
 
@@ -223,7 +231,7 @@ def plan_turn(
         BadTurn: if a row, a moment or an update is not finite, or all updates are zero although edits
             are not satisfied.
     """
-    wrong, plan = draft_turn(captured, statistics, settings, update_weights).read()
+    wrong, plan, _ = draft_turn(captured, statistics, settings, update_weights).read()
     if wrong:
         raise BadTurn(wrong[0])
     refuse_zero(plan, satisfied)

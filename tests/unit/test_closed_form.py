@@ -297,7 +297,7 @@ def test_a_loss_that_is_not_finite_is_told_before_what_follows_from_it() -> None
     bench = Bench()
     snapshot = bench.snapshot()
     bad = bench.turn(0)
-    bad.captured.losses[1] = float("nan")
+    bad.captured.measured[0, 1] = float("nan")
     bad.captured.rows["a"].gradients.fill_(float("nan"))
     with pytest.raises(BadTurn, match="the loss of the turn's edits is not finite"):
         bench.step(bad)

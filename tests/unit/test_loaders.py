@@ -8,6 +8,7 @@ from tiny import word_tokenizer
 
 from stableedit_pl.encoding import Encoder, EncodingError
 from stableedit_pl.loaders import OneAhead, TurnLoader, as_is
+from stableedit_pl.micro_batches import Batching
 from stableedit_pl.records import EditRecord
 from stableedit_pl.turns import Slot, Turn, TurnBuilder, TurnDataset, TurnSampler, TurnSchedule, WarmUpSettings
 
@@ -23,7 +24,7 @@ def loader(
     start: int = 0, num_workers: int = 0, wrap: Callable[[Callable[[int, Slot], Turn]], object] = as_is
 ) -> TurnLoader:
     schedule = TurnSchedule(len(RECORDS), 0, 4, WarmUpSettings("none"))
-    build = TurnBuilder({"edit": RECORDS}, {"edit": encode}, 2, False, schedule.warm_up)  # type: ignore[dict-item]
+    build = TurnBuilder({"edit": RECORDS}, {"edit": encode}, Batching(100, 2), False, schedule.warm_up)  # type: ignore[dict-item]
     sampler = TurnSampler(len(schedule), start)
     dataset = TurnDataset(schedule, wrap(build))  # type: ignore[arg-type]
     return TurnLoader(dataset, sampler=sampler, batch_size=None, collate_fn=as_is, num_workers=num_workers)

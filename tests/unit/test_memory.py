@@ -30,7 +30,7 @@ def peak_of_turns(sites: list[Site], rows: int, scope: Any, settings: MethodSett
         optimizer = ClosedFormEdit(sites, state, given.pop)
         for _ in range(turns):
             captured = {site.name: Rows(torch.randn(rows, site.d_in), torch.randn(rows, site.d_out)) for site in sites}
-            given.append(StepInput(Captured(captured, [1.0], [0.0]), settings, True))
+            given.append(StepInput(Captured(captured, torch.tensor([[1.0], [0.0]])), settings, True))
             del captured
             optimizer.step(lambda: torch.tensor(1.0))
         assert state.committed_turns == turns

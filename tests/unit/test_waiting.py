@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from stableedit_pl import planning
 from stableedit_pl.capture import Captured
 from stableedit_pl.closed_form import ClosedFormEdit, EditorState, StepInput
-from stableedit_pl.planning import BadTurn, MethodSettings, draft_turn, read_scalars
+from stableedit_pl.planning import BadTurn, MethodSettings, draft_turn, read_tensors
 from stableedit_pl.sites import Site
 from stableedit_pl.statistics import LNStatistics, Rows
 
@@ -62,6 +62,8 @@ def some_rows(sites: list[Site], device: str = "cpu") -> dict[str, Rows]:
     }
 
 
+MEASURED = torch.tensor([[1.0], [0.0]])
+
 METHODS = [
     MethodSettings("whiten", whitening_solver="quadrature"),
     MethodSettings("whiten", whitening_solver="eigh", eigenvalue_floor=1e-3),
@@ -82,8 +84,10 @@ def test_a_step_reads_its_numbers_once(
     for site in sites:
         site.use_master("cpu")
     given = [
-        StepInput(Captured(some_rows(sites), [1.0], [0.0]), MethodSettings("none", step_size=1e-3), True),
-        StepInput(Captured(some_rows(sites), [1.0], [0.0]), settings, update_weights),
+        StepInput(
+            Captured(some_rows(sites), torch.tensor([[1.0], [0.0]])), MethodSettings("none", step_size=1e-3), True
+        ),
+        StepInput(Captured(some_rows(sites), MEASURED), settings, update_weights),
     ]
     optimizer = ClosedFormEdit(sites, EditorState(LNStatistics.empty(sites, scope)), lambda: given.pop(0))
     optimizer.max_update_norm = 1e9
@@ -128,10 +132,10 @@ def test_a_look_at_a_number_is_counted() -> None:
 
 
 def test_reading_keeps_the_order_and_transfers_once_for_each_device() -> None:
-    values = [torch.tensor(True), torch.tensor(2.5, dtype=torch.float64), torch.tensor(3, dtype=torch.int32)]
+    values = [torch.tensor(True), torch.tensor([[2.5], [1.5]]).double(), torch.tensor(3, dtype=torch.int32)]
     with counted_waits() as seen:
-        assert read_scalars(values) == [1.0, 2.5, 3.0]
-    assert seen == ["tolist"] and read_scalars([]) == []
+        assert read_tensors(values) == [[1.0], [2.5, 1.5], [3.0]]
+    assert seen == ["tolist"] and read_tensors([]) == []
 
 
 def test_the_most_important_fault_is_told() -> None:
@@ -139,7 +143,7 @@ def test_the_most_important_fault_is_told() -> None:
     sites = some_sites()
     rows = some_rows(sites)
     rows["b"].keys[0, 0] = float("nan")
-    wrong, plan = draft_turn(rows, LNStatistics.empty(sites, "site"), MethodSettings()).read()
+    wrong, plan, _ = draft_turn(rows, LNStatistics.empty(sites, "site"), MethodSettings()).read()
     assert wrong[0] == "keys or value gradients of site b are not finite"
     assert wrong[1] == "the LN statistics would not be finite after this turn"
     assert any("ridge system is not positive definite" in message for message in wrong[2:])
