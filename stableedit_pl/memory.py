@@ -72,11 +72,11 @@ def planned_bytes(
 
 
 def _update_bytes(shape: tuple[int, int], rows: int, kept: bool = False) -> int:
-    """An update's factors; in the dual form one is the turn's keys, which count as rows unless the turn is over."""
+    """An update's factors and key products; in the dual form one factor is the keys, rows while the turn lasts."""
     d_in, d_out = shape
     if rows >= d_in:
         return F32 * d_in * d_in + F64 * d_in * d_out
-    return (F32 * rows * d_in if kept else 0) + F64 * rows * d_out
+    return (F32 * rows * d_in if kept else 0) + F64 * rows * (d_out + rows)
 
 
 def _scratch_bytes(shape: tuple[int, int], rows: int, sharing: int, solver: Solver | None) -> int:

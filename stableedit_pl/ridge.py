@@ -23,10 +23,12 @@ class SiteUpdate:
     Attributes:
         left: float32 ``[r, d_in]``.
         right: float64 ``[r, d_out]``.
+        left_gram: ``left @ left^T``, float64 ``[r, r]``, where the solver had made it already.
     """
 
     left: Tensor
     right: Tensor
+    left_gram: Tensor | None = None
 
     def dense(self) -> Tensor:
         """``Delta``, float32 ``[d_in, d_out]``."""
@@ -40,9 +42,12 @@ class SiteUpdate:
 
     def norm(self) -> Tensor:
         """Frobenius norm, float64 scalar."""
-        left = self.left.double()
+        gram = self.left_gram
+        if gram is None:
+            left = self.left.double()
+            gram = left @ left.T
         right = self.right.double()
-        return ((left @ left.T) * (right @ right.T)).sum().clamp(min=0).sqrt()
+        return (gram * (right @ right.T)).sum().clamp(min=0).sqrt()
 
 
 def targets(normalized_keys: Tensor, normalized_gradients: Tensor, step_size: float) -> Tensor:
@@ -75,8 +80,9 @@ def ridge_update(keys: Tensor, values: Tensor, ridge: float) -> tuple[SiteUpdate
     # with too few digits of the difference, silently. The systems are small.
     k, v = keys.double(), values.double()
     if rows < d_in:
-        right, failed = _solve(k @ k.T, v, ridge)
-        return SiteUpdate(left=keys, right=right), failed
+        gram = k @ k.T
+        right, failed = _solve(gram.clone(), v, ridge)
+        return SiteUpdate(left=keys, right=right, left_gram=gram), failed
     right, failed = _solve(k.T @ k, k.T @ v, ridge)
     return SiteUpdate(left=torch.eye(d_in, dtype=keys.dtype, device=keys.device), right=right), failed
 
