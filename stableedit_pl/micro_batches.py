@@ -11,6 +11,9 @@ MicroBatches = tuple[tuple[int, ...], ...]
 PADDING = 0.1
 """Largest share of padding among all tokens of a turn."""
 
+NEGLIGIBLE = 64
+"""Padded tokens that cost less than another pass over the weights, whatever their share."""
+
 
 @dataclass(frozen=True)
 class Batching:
@@ -40,7 +43,7 @@ def in_order(count: int, size: int) -> MicroBatches:
 
 
 def by_length(lengths: Sequence[int], tokens: int | None = None, size: int | None = None) -> MicroBatches:
-    """As few pieces of similar length as keep padding under ``PADDING``, each within a budget.
+    """As few pieces of similar length as keep padding under ``PADDING`` (or ``NEGLIGIBLE``), each within a budget.
 
     Every piece costs a pass over the weights and every padded token its arithmetic; one piece for all would waste the
     second, one per length the first.
@@ -67,7 +70,7 @@ def by_length(lengths: Sequence[int], tokens: int | None = None, size: int | Non
 
 
 def _groups(counts: Counter[int]) -> list[list[int]]:
-    """Ascending lengths in the fewest consecutive groups whose padding stays under ``PADDING``.
+    """Ascending lengths in the fewest consecutive groups whose padding is little enough.
 
     Dynamic programming: ``best[j]`` is the fewest tokens, padding included, of the ``j`` shortest lengths in so many
     groups.
@@ -85,7 +88,7 @@ def _groups(counts: Counter[int]) -> list[list[int]]:
         ]
         best = [float("inf")] + [cost for cost, _ in candidates]
         cuts.append([0] + [start for _, start in candidates])
-        if real >= (1 - PADDING) * best[n]:
+        if real >= (1 - PADDING) * best[n] or best[n] - real <= NEGLIGIBLE:
             break
     groups, end = [], n
     for starts in reversed(cuts):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stableedit_pl.micro_batches import PADDING, Batching, by_length, in_order
+from stableedit_pl.micro_batches import NEGLIGIBLE, PADDING, Batching, by_length, in_order
 
 
 def padded(lengths: list[int], pieces: tuple[tuple[int, ...], ...]) -> int:
@@ -26,13 +26,15 @@ def test_every_edit_once_within_the_budget_and_with_little_padding(
     for piece in pieces:
         assert size is None or len(piece) <= size
         assert tokens is None or len(piece) == 1 or len(piece) * max(lengths[i] for i in piece) <= tokens
-    assert sum(lengths) >= (1 - PADDING) * padded(lengths, pieces) - 1e-9
+    real, everything = sum(lengths), padded(lengths, pieces)
+    assert real >= (1 - PADDING) * everything - 1e-9 or everything - real <= NEGLIGIBLE
 
 
 def test_similar_lengths_share_a_pass_and_different_ones_do_not() -> None:
     assert by_length([10, 10, 10, 10]) == ((0, 1, 2, 3),)
     assert by_length([10, 11, 10, 11]) == ((0, 2, 1, 3),)
-    assert by_length([4, 40, 4, 40]) == ((0, 2), (1, 3))
+    assert by_length([4, 90, 4, 90]) == ((0, 2), (1, 3))
+    assert by_length([10, 14, 12, 11]) == ((0, 3, 2, 1),), "too few tokens to be worth a second pass"
 
 
 def test_no_more_passes_than_padding_asks_for() -> None:
@@ -58,4 +60,4 @@ def test_in_order_keeps_the_order() -> None:
 
 @pytest.mark.parametrize(("consecutive", "expected"), [(True, ((0, 1), (2,))), (False, ((0, 2), (1,)))])
 def test_batching_chooses_between_them(consecutive: bool, expected: object) -> None:
-    assert Batching(100, 2, consecutive)([4, 40, 4]) == expected
+    assert Batching(100, 2, consecutive)([4, 90, 4]) == expected
