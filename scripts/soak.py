@@ -210,14 +210,18 @@ def plot(turns: list[dict[str, Any]], facts: list[dict[str, Any]], stable: Any, 
     for kind in ("efficacy", "generalization", "specificity"):
         panels[1, 0].plot([f["edits"] for f in facts], [f[kind] for f in facts], label=kind)
     panels[1, 0].set(title=f"scores of the {FACTS} facts that hold at the time", ylim=(0, 1.02), xlabel="edits")
-    for name in STABILITY[1:]:
-        panels[1, 1].plot([edits_at.get(s, 0) for s in stable[name]], list(stable[name].values()), label=name)
+    growth, cosines = panels[1, 1], panels[1, 1].twinx()
+    growth.plot([edits_at.get(s, 0) for s in stable["weight_norm_ratio"]], list(stable["weight_norm_ratio"].values()))
+    growth.set_ylabel("|W| / |W0|")
+    for name, color in (("cosine_to_previous", "tab:orange"), ("cosine_to_sum", "tab:green")):
+        at = [edits_at.get(s, 0) for s in stable[name]]
+        cosines.plot(at, list(stable[name].values()), color=color, label=f"{name} (right)", linewidth=0.6)
+    cosines.legend(frameon=False, loc="lower right")
     panels[1, 1].set(title="stability of the edited weight", xlabel="edits")
     for panel in panels.flat:
         for kill in kills:
             panel.axvline(kill, color="0.7", linewidth=0.8, linestyle=":")
-    for panel in panels[1]:
-        panel.legend(frameon=False)
+    panels[1, 0].legend(frameon=False)
     figure.suptitle("Dotted: the process was killed and resumed", fontsize=9, x=0.99, ha="right")
     figure.savefig(file, dpi=110)
 

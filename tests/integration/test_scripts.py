@@ -24,7 +24,7 @@ def test_benchmark_turn(tmp_path: Path) -> None:
         "benchmark_turn.py", "--shape=tiny", "--repeats=1", "--edits=30", f"--out={tmp_path / 'turn.json'}"
     )
     figures = json.loads((tmp_path / "turn.json").read_text())
-    assert code == 0 and "textbook / turn" in said
+    assert code == 0 and "textbook / turn" in said and (tmp_path / "turn.png").stat().st_size > 5_000
     assert set(figures["seconds"]) == {"turn", "bare", "textbook"}
     assert set(figures["parts"]) == {"capture", "moments", "whitening", "ridge", "commit", "rest"}
 
