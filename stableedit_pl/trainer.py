@@ -92,25 +92,26 @@ class EditTrainer(Trainer):
         given = callbacks if isinstance(callbacks, list) else [] if callbacks is None else [callbacks]
         if not rank_timeout > 0:
             raise SettingError(f"trainer.rank_timeout must be positive, got {rank_timeout}")
-        settings = dict(
-            default_root_dir=str(self.run_directory.path),
-            max_epochs=max_epochs,
-            logger=logger,
-            callbacks=self._with_defaults(given, enable_progress_bar is not False, enable_checkpointing is not False),
-            plugins=_with_checkpoint_io(plugins),
-            devices=devices,
-            strategy=strategy,
-            num_sanity_val_steps=num_sanity_val_steps,
-            enable_model_summary=enable_model_summary,
-            use_distributed_sampler=use_distributed_sampler,
-            enable_progress_bar=enable_progress_bar,
-            enable_checkpointing=enable_checkpointing,
-            enable_autolog_hparams=enable_autolog_hparams,
-            log_every_n_steps=log_every_n_steps,
-            **kwargs,
-        )
         with ddp_means_ranks(rank_timeout):
-            super().__init__(**settings)
+            super().__init__(
+                default_root_dir=str(self.run_directory.path),
+                max_epochs=max_epochs,
+                logger=logger,
+                callbacks=self._with_defaults(
+                    given, enable_progress_bar is not False, enable_checkpointing is not False
+                ),
+                plugins=_with_checkpoint_io(plugins),
+                devices=devices,
+                strategy=strategy,
+                num_sanity_val_steps=num_sanity_val_steps,
+                enable_model_summary=enable_model_summary,
+                use_distributed_sampler=use_distributed_sampler,
+                enable_progress_bar=enable_progress_bar,
+                enable_checkpointing=enable_checkpointing,
+                enable_autolog_hparams=enable_autolog_hparams,
+                log_every_n_steps=log_every_n_steps,
+                **kwargs,
+            )
 
     def fit(
         self,
