@@ -188,7 +188,7 @@ def test_one_process_goes_on_as_four_and_a_difference_between_ranks_stops_them(
     script, whole, run = tmp_path / "struck.py", tmp_path / "whole", tmp_path / "run"
     script.write_text(STRUCK)
     alone(monkeypatch, arguments(config, whole))
-    alone(monkeypatch, arguments(config, run, "--trainer.max_steps=2"))
+    alone(monkeypatch, arguments(config, run, "--trainer.max_steps=3"))
     stopped = together(
         arguments(config, run, *ddp(2), "--ckpt_path=last"),
         script,
