@@ -144,12 +144,16 @@ def fingerprint(tensor: Tensor) -> int:
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     bits = tensor.detach().contiguous().reshape(tensor.shape or (1,)).view(whole)
     bits = bits.reshape(bits.shape[0], -1)
-    total = 0
-    for dim in (0, 1):
-        sums = bits.sum(dim=dim, dtype=torch.int64)
-        odd = 2 * torch.arange(len(sums), dtype=torch.int64, device=sums.device) + 1
-        total = total * 31 + int((sums * odd).sum().item())
-    return total & (2**63 - 1)
+    columns = _odd(bits.shape[1], bits.device)
+    step = max((1 << 22) // max(bits.shape[1], 1), 1)  # rows at a time, so that little memory is needed
+    rows = [(bits[start : start + step] * columns).sum(dim=1) for start in range(0, len(bits), step)]
+    total = (torch.cat(rows) * _odd(len(bits), bits.device)).sum() if rows else 0
+    return int(total)
+
+
+def _odd(count: int, where: torch.device) -> Tensor:
+    """Odd weights, 1, 3, 5 ...: times one of them no difference vanishes modulo 2^64."""
+    return 2 * torch.arange(count, dtype=torch.int64, device=where) + 1
 
 
 def refuse_disagreement(checksums: dict[str, int], turn: int) -> None:
