@@ -111,6 +111,9 @@ def assert_same_run(run: Path, expected: Path, base: dict[str, torch.Tensor]) ->
     for name in base:
         assert relative_difference(here[name] - base[name], there[name] - base[name]) <= 1e-5, name
     assert [(line["id"], line["turn"]) for line in ledger(run)] == [(x["id"], x["turn"]) for x in ledger(expected)]
+    for line, other in zip(ledger(run), ledger(expected), strict=True):
+        for measured in ("loss_before", "loss_after", "at_edit", "known_before"):
+            assert line[measured] == pytest.approx(other[measured], rel=1e-3, abs=1e-5), (line["id"], measured)
     for kind in ("base", "at_edit", "retained"):
         assert results(run)[kind] == pytest.approx(results(expected)[kind]), kind
     for kind in ("edits", "turns", "warmup_turns", "known_before"):
