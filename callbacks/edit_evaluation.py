@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 
+from stableedit_pl import ranks
 from stableedit_pl.curves import log_curves
 from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.encoding import chunks
@@ -26,7 +27,8 @@ class EditEvaluation(Callback):
     * *retained*: edits of past turns with the weights as they are now: every ``every_n_turns`` turns on a fixed
       sample of the stream, and at the end on all applied edits.
 
-    Warm-up edits are never scored. Memory is bounded by ``sample_size``, not by the stream.
+    Several ranks divide the edits to score. Warm-up edits are never scored. Memory is bounded by ``sample_size``, not
+    by the stream.
 
     Args:
         every_n_turns: retained scores after every so many turns; null for only at the end.
@@ -65,6 +67,7 @@ class EditEvaluation(Callback):
         self.seed = seed
         self.final = final
         self.also_score: list[ScoringRule] = also_score or []
+        self._sampled: list[int] = []
         self._sample: list[tuple[int, EncodedRecord, RecordAnswers]] = []
         self._state: dict[str, Any] = {
             "at_edit_sum": 0.0,
@@ -91,7 +94,8 @@ class EditEvaluation(Callback):
         """Take the base model's answers to the sample; log its scores when the run is new."""
         editor, stream = _parts(trainer, pl_module)
         started = time.perf_counter()
-        rows = stream.sample(self.sample_size, self.seed)
+        self._sampled = stream.sample(self.sample_size, self.seed)
+        rows = ranks.own_part(self._sampled)
         records = stream.scored(rows)
         with editor.base_weights():
             base = editor.answer(records, lower=self._lower)
@@ -129,7 +133,7 @@ class EditEvaluation(Callback):
         started = time.perf_counter()
         applied = stream.applied_rows(trainer.global_step, editor.state.rejected_turns)
         past = [(record, base) for row, record, base in self._sample if row in applied]
-        if past:
+        if any(row in applied for row in self._sampled):
             records, base = [record for record, _ in past], [base for _, base in past]
             scores = _mean_scores(editor, records, base, self._lower)
             log_curves(trainer, "editing", {f"retained_{kind}": value for kind, value in scores.items()})
@@ -146,7 +150,7 @@ class EditEvaluation(Callback):
         editor, stream = _parts(trainer, pl_module)
         started = time.perf_counter()
         applied = stream.applied_rows(trainer.global_step, editor.state.rejected_turns)
-        rows = list(applied) if self.final else [row for row, _, _ in self._sample if row in applied]
+        rows = list(applied) if self.final else [row for row in self._sampled if row in applied]
         rules: list[ScoringRule] = [editor.scoring, *(rule for rule in self.also_score if rule != editor.scoring)]
         rank_zero_info(f"Scoring {len(rows)} applied edits with the original and with the final weights ...")
         by_rule = {rule: score_base_and_retained(editor, stream, rows, rule, self.reuse_megabytes) for rule in rules}
@@ -195,7 +199,7 @@ def score_base_and_retained(
         return dict.fromkeys(KINDS), dict.fromkeys(KINDS)
     base_scores, retained_scores = EditScores(), EditScores()
     for piece in chunks(rows, stream.evaluation_batch_size):
-        records = stream.scored(piece)
+        records = stream.scored(ranks.own_part(piece))
         lower = LowerOutputs(reuse_megabytes)
         with editor.base_weights():
             base = editor.answer(records, rule, lower)

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from stableedit_pl import ranks
 from stableedit_pl.errors import SettingError
 from stableedit_pl.freed_memory import hand_back
 from stableedit_pl.run_directory import RunDirectory, flush_directory
@@ -42,15 +43,22 @@ class TurnCheckpoint(Checkpoint):
         self.signals = StopSignals()
         self._last_saved_at = 0.0
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Several ranks take over the signals now: Lightning's handlers, which hang, are left out."""
+        if ranks.world() > 1:
+            self.signals.install()
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the signals (Lightning has installed its own by now), and save position 0 of a new run.
 
         From here on ``--ckpt_path last`` works, also after a kill before the first scheduled checkpoint.
         """
         self._last_saved_at = time.monotonic()
-        self.signals.install()
-        for leftover in RunDirectory(trainer.default_root_dir).checkpoints.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)  # a process killed while it wrote
+        if ranks.world() == 1:
+            self.signals.install()
+        if trainer.is_global_zero:
+            for leftover in RunDirectory(trainer.default_root_dir).checkpoints.glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)  # a process killed while it wrote
         if trainer.global_step == 0:
             self._save(trainer)
 
@@ -62,7 +70,8 @@ class TurnCheckpoint(Checkpoint):
         Raises:
             StopRequested: after saving, if a signal asked to stop.
         """
-        stop = self.signals.received
+        # A signal may have reached one rank only, and clocks differ: all do what one must.
+        stop = ranks.largest(self.signals.received or 0) or None
         if self._due(trainer) or stop is not None:
             self._save(trainer)
         if stop is not None:
@@ -80,7 +89,7 @@ class TurnCheckpoint(Checkpoint):
         turn = trainer.global_step
         by_count = self.every_n_turns is not None and turn % self.every_n_turns == 0
         passed = time.monotonic() - self._last_saved_at
-        by_time = self.every_n_minutes is not None and passed >= 60 * self.every_n_minutes
+        by_time = self.every_n_minutes is not None and ranks.broadcast(passed >= 60 * self.every_n_minutes)
         last = trainer.is_last_batch or turn == trainer.max_steps or trainer.should_stop
         return by_count or by_time or last
 

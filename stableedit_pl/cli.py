@@ -4,6 +4,7 @@ Nothing here imports torch, Lightning or transformers: they cost seconds, and ea
 """
 
 import gc
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ HEAVY_USER_ERRORS = {
     "stableedit_pl.checkpoint_file": "CheckpointError",
     "stableedit_pl.loading": "LoadingError",
     "stableedit_pl.planning": "BadTurn",
+    "stableedit_pl.ranks": "RanksError",
     "stableedit_pl.sites": "SiteError",
 }
 """More of them, in modules that take long to import. None can be raised before its module is there."""
@@ -61,11 +63,18 @@ def main(args: Sequence[str] | None = None) -> None:
                 gc.freeze()  # what is imported stays: each search for garbage would go through all of it again
             run_edit_cli(arguments[0] if arguments[0] in VERBS else None, args)
     except StopRequested as stop:
-        say(f"\n{stop}; everything is saved. Go on with:\n  {_resume_command(arguments)}", error=True)
+        if not _rank():
+            say(f"\n{stop}; everything is saved. Go on with:\n  {_resume_command(arguments)}", error=True)
         raise SystemExit(stop.exit_code) from None
     except user_errors() as error:
-        say(f"\nError: {error}", error=True)
+        say(f"\n{_rank()}Error: {error}", error=True)
         raise SystemExit(1) from error
+
+
+def _rank() -> str:
+    """Which process of several speaks; empty for the first, or the only one."""
+    number = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("LOCAL_RANK") or "0"
+    return "" if number == "0" else f"[rank {number}] "
 
 
 def user_errors() -> tuple[type[Exception], ...]:

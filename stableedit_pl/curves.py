@@ -58,5 +58,7 @@ def log_curves(trainer: Trainer, group: str, values: Mapping[str, float | None])
 
 
 def tensorboard_writers(trainer: Trainer) -> list[Any]:
-    """The ``SummaryWriter`` of each TensorBoard logger."""
+    """The ``SummaryWriter`` of each TensorBoard logger; rank 0 alone has any."""
+    if not trainer.is_global_zero:
+        return []
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

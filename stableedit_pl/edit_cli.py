@@ -114,6 +114,8 @@ class EditCLI(LightningCLI):
 
     def after_validate(self) -> None:
         """Show the scores."""
+        if not self.trainer.is_global_zero:
+            return
         scores = {kind: self.trainer.callback_metrics.get(kind) for kind in KINDS}
         given = {kind: None if value is None else float(value) for kind, value in scores.items()}
         reference = self.model.specificity_measured_by
@@ -126,6 +128,8 @@ class EditCLI(LightningCLI):
     def predict(self, **kwargs: Any) -> None:
         """Generate answers and write them to ``predictions.jsonl`` in the run directory."""
         pieces = self.trainer.predict(**{**kwargs, "return_predictions": True}) or []
+        if not self.trainer.is_global_zero:
+            return
         run = self.trainer.run_directory
         run.path.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(answer, ensure_ascii=False) for piece in pieces for answer in piece]

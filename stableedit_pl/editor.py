@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
-from stableedit_pl.capture import Captured, LossReduction, capture
+from stableedit_pl import ranks
+from stableedit_pl.capture import Captured, LossReduction
 from stableedit_pl.checkpoint_io import read_checkpoint
 from stableedit_pl.closed_form import BadTurns, ClosedFormEdit, EditorState, StepInput
 from stableedit_pl.compatibility import base_model_digest, refuse_differences, stored_identity, tokenizer_digest
@@ -27,6 +28,7 @@ from stableedit_pl.planning import MethodSettings
 from stableedit_pl.report import TurnReport
 from stableedit_pl.saved_state import load_tensors, saved_tensors
 from stableedit_pl.scoring import ScoringRule, match
+from stableedit_pl.shares import Share, capture_together, gather_edits
 from stableedit_pl.statistics import LNStatistics, StatisticsScope
 from stableedit_pl.turns import Turn
 
@@ -109,6 +111,7 @@ class LifelongEditor(EditableModel):
         self.report: TurnReport | None = None
         self._captured: Captured | None = None
         self._turn: Turn | None = None
+        self._shares: list[Share] = []
         self._capture_seconds = 0.0
 
     def configure_model(self) -> None:
@@ -182,7 +185,7 @@ class LifelongEditor(EditableModel):
         """
         started = time.perf_counter()
         self._turn = turn
-        self._captured = capture(
+        self._captured, self._shares = capture_together(
             self.partial_forward,
             self.sites,
             [edit.encoding for edit in turn.edits],
@@ -227,6 +230,8 @@ class LifelongEditor(EditableModel):
         """Losses and scores of the turn's own edits right after it."""
         scorer = self.scorer()
         encodings = [edit.encoding for edit in turn.edits]
+        if len(self._shares) > 1:
+            encodings = [encodings[i] for i in self._shares[ranks.rank()].members]
         with self.forward_context():
             forced = scorer.again(captured.passes)
             answers = scorer.answers(encodings) if self.scoring == "greedy_match" else forced
@@ -234,6 +239,10 @@ class LifelongEditor(EditableModel):
             match(answer.tokens, tuple(encoding.target_ids), self.scoring)
             for answer, encoding in zip(answers, encodings, strict=True)
         ]
+        if len(self._shares) > 1:
+            own = torch.tensor([[answer.loss for answer in forced], scores], dtype=torch.float64)
+            losses, scores = gather_edits(own.T, self._shares).T.tolist()
+            return losses, scores
         return [answer.loss for answer in forced], scores
 
     # ---- checkpoints

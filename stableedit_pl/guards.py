@@ -6,6 +6,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
+from stableedit_pl.rank_strategy import RankStrategy
+
 
 def check_trainer(trainer: Trainer) -> None:
     """Hold a trainer's settings against what a stream of turns needs.
@@ -61,9 +63,15 @@ def _rules(trainer: Any) -> list[tuple[bool, str]]:
             "use_distributed_sampler would shuffle and split the stream; set it to false.",
         ),
         (
-            trainer.world_size > 1,
-            f"{trainer.world_size} processes: an edit run uses one process; set trainer.devices to 1 "
-            "(DevicePlacement spreads a model over several devices).",
+            trainer.world_size > 1 and not isinstance(trainer.strategy, RankStrategy),
+            f"{trainer.world_size} processes under {type(trainer.strategy).__name__}, which splits or wraps the model; "
+            "use EditTrainer with strategy=ddp, where each process holds the whole model (or one process, with "
+            "DevicePlacement to spread a model over several devices).",
+        ),
+        (
+            trainer.world_size > 1 and getattr(trainer.lightning_module, "device_map", None) is not None,
+            "DevicePlacement.device_map spreads one model over devices that the other processes use as well; set "
+            "trainer.devices to 1, or leave out the device_map.",
         ),
         (
             any(callback.save_on_exception for callback in checkpoints)

@@ -6,6 +6,7 @@ from typing import Any, Generic, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
+from stableedit_pl import ranks
 from stableedit_pl.record_encoding import EncodedRecord, ScoredPiece
 from stableedit_pl.turns import Turn
 
@@ -110,8 +111,8 @@ class ScoredPieces(Dataset[ScoredPiece]):
         return len(self.pieces)
 
     def __getitem__(self, index: int) -> ScoredPiece:
-        """One piece."""
-        return ScoredPiece(self.scored(self.pieces[index]))
+        """One piece, this rank's part of it: every rank goes through all pieces, and meets the others at the end."""
+        return ScoredPiece(self.scored(ranks.own_part(self.pieces[index])))
 
 
 def as_is(item: Any) -> Any:

@@ -67,6 +67,7 @@ def write_results(
             "scoring": editor.scoring,
             "seed": _seed(),
             "precision": str(trainer.precision),
+            "processes": trainer.world_size,
             "versions": {
                 "python": platform.python_version(),
                 **{name: version(name) for name in ("stableedit_pl", "torch", "transformers", "lightning")},

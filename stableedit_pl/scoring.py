@@ -18,6 +18,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from transformers import GenerationConfig
 
+from stableedit_pl import ranks
 from stableedit_pl.capture import Pass, answer_loss
 from stableedit_pl.encoding import Batch, Encoding, chunks, collate
 from stableedit_pl.lower_outputs import LowerOutputs
@@ -234,7 +235,7 @@ class EditScores(Metric):
     """Mean efficacy, generalization and specificity over edits.
 
     ``update`` takes triples as from :func:`score_records`; ``compute`` gives a float per kind, None for a kind
-    that no edit had.
+    that no edit had. Each rank takes its own edits; ``compute``, which all must call, is over those of all.
     """
 
     full_state_update = False
@@ -243,7 +244,7 @@ class EditScores(Metric):
 
     def __init__(self) -> None:
         """Start from nothing."""
-        super().__init__()
+        super().__init__(dist_sync_fn=ranks.gather_same)
         self.add_state("sums", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("counts", torch.zeros(3, dtype=torch.int64), dist_reduce_fx="sum")
 

@@ -10,10 +10,13 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.strategies import Strategy
 
+from stableedit_pl import ranks
 from stableedit_pl.callbacks import (
     EditEvaluation,
     EditLedger,
+    RankAgreement,
     RunCurves,
     StatisticsCheckpoint,
     TurnCheckpoint,
@@ -21,7 +24,9 @@ from stableedit_pl.callbacks import (
 )
 from stableedit_pl.checkpoint_io import AtomicCheckpointIO
 from stableedit_pl.editor import LifelongEditor
+from stableedit_pl.errors import SettingError
 from stableedit_pl.plain import plain
+from stableedit_pl.rank_strategy import ddp_means_ranks
 from stableedit_pl.run_directory import LAST, RunDirectory, RunDirectoryError
 from stableedit_pl.scoring import KINDS
 
@@ -41,7 +46,9 @@ class EditTrainer(Trainer):
         logger: a logger or several; true or null for TensorBoard in ``run_dir``, false for none.
         callbacks: added to the defaults; one of a default's class replaces it.
         plugins: as in Lightning's Trainer.
-        devices: processes; one.
+        devices: processes on this machine, a device each, that share every turn; likewise ``num_nodes``.
+        strategy: ``ddp`` (or ``auto``) for several processes; each holds the whole model.
+        rank_timeout: seconds that processes wait for one another before the run stops.
         num_sanity_val_steps: 0; there is no validation loop during an edit run.
         enable_model_summary: list the model's layers before the run.
         use_distributed_sampler: false; a stream is never shuffled or split.
@@ -65,6 +72,8 @@ class EditTrainer(Trainer):
         callbacks: list[Callback] | Callback | None = None,
         plugins: Any = None,
         devices: list[int] | str | int = 1,
+        strategy: str | Strategy = "auto",
+        rank_timeout: float = 600.0,
         num_sanity_val_steps: int | None = 0,
         enable_model_summary: bool | None = False,
         use_distributed_sampler: bool = False,
@@ -81,22 +90,28 @@ class EditTrainer(Trainer):
         if logger is None or logger is True:
             logger = TensorBoardLogger(str(self.run_directory.path), name="", version="", default_hp_metric=False)
         given = callbacks if isinstance(callbacks, list) else [] if callbacks is None else [callbacks]
-        super().__init__(
-            default_root_dir=str(self.run_directory.path),
-            max_epochs=max_epochs,
-            logger=logger,
-            callbacks=self._with_defaults(given, enable_progress_bar is not False, enable_checkpointing is not False),
-            plugins=_with_checkpoint_io(plugins),
-            devices=devices,
-            num_sanity_val_steps=num_sanity_val_steps,
-            enable_model_summary=enable_model_summary,
-            use_distributed_sampler=use_distributed_sampler,
-            enable_progress_bar=enable_progress_bar,
-            enable_checkpointing=enable_checkpointing,
-            enable_autolog_hparams=enable_autolog_hparams,
-            log_every_n_steps=log_every_n_steps,
-            **kwargs,
-        )
+        if not rank_timeout > 0:
+            raise SettingError(f"trainer.rank_timeout must be positive, got {rank_timeout}")
+        with ddp_means_ranks(rank_timeout):
+            super().__init__(
+                default_root_dir=str(self.run_directory.path),
+                max_epochs=max_epochs,
+                logger=logger,
+                callbacks=self._with_defaults(
+                    given, enable_progress_bar is not False, enable_checkpointing is not False
+                ),
+                plugins=_with_checkpoint_io(plugins),
+                devices=devices,
+                strategy=strategy,
+                num_sanity_val_steps=num_sanity_val_steps,
+                enable_model_summary=enable_model_summary,
+                use_distributed_sampler=use_distributed_sampler,
+                enable_progress_bar=enable_progress_bar,
+                enable_checkpointing=enable_checkpointing,
+                enable_autolog_hparams=enable_autolog_hparams,
+                log_every_n_steps=log_every_n_steps,
+                **kwargs,
+            )
 
     def fit(
         self,
@@ -122,11 +137,12 @@ class EditTrainer(Trainer):
         """
         if isinstance(train_dataloaders, LightningDataModule):
             train_dataloaders, datamodule = None, train_dataloaders
-        checkpoint = self.run_directory.checkpoint(ckpt_path)
-        if isinstance(model, LifelongEditor):
-            fork = self.fork_from if checkpoint is None else None
-            model.start_from = None if fork is None else self._fork_source(Path(fork).expanduser())
-        self.run_directory.prepare(checkpoint, self.overwrite)
+        checkpoint = self._checkpoint(ckpt_path)
+        if self.is_global_zero:
+            if isinstance(model, LifelongEditor):
+                fork = self.fork_from if checkpoint is None else None
+                model.start_from = None if fork is None else self._fork_source(Path(fork).expanduser())
+            self.run_directory.prepare(checkpoint, self.overwrite)
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, checkpoint, weights_only=True)
 
     def validate(
@@ -151,7 +167,7 @@ class EditTrainer(Trainer):
         Returns:
             One dictionary with ``efficacy``, ``generalization`` and ``specificity``, those that were measured.
         """
-        checkpoint = self.run_directory.checkpoint(ckpt_path)
+        checkpoint = self._checkpoint(ckpt_path)
         with self._without_loggers():
             super().validate(model, dataloaders, checkpoint, verbose, datamodule, weights_only=True)
         return self._scores()
@@ -178,7 +194,7 @@ class EditTrainer(Trainer):
         Returns:
             One dictionary with ``efficacy``, ``generalization`` and ``specificity``, those that were measured.
         """
-        checkpoint = self.run_directory.checkpoint(ckpt_path)
+        checkpoint = self._checkpoint(ckpt_path)
         with self._without_loggers():
             super().test(model, dataloaders, checkpoint, verbose, datamodule, weights_only=True)
         return self._scores()
@@ -202,9 +218,26 @@ class EditTrainer(Trainer):
             ckpt_path: ``last`` for the run in ``run_dir``, or a checkpoint; null asks the base model.
             weights_only: always true.
         """
-        checkpoint = self.run_directory.checkpoint(ckpt_path)
+        checkpoint = self._checkpoint(ckpt_path)
         with self._without_loggers():
-            return super().predict(model, dataloaders, datamodule, return_predictions, checkpoint, weights_only=True)
+            own = super().predict(model, dataloaders, datamodule, return_predictions, checkpoint, weights_only=True)
+        return own if self.world_size == 1 or own is None else _interleaved(ranks.gather(own))
+
+    def _checkpoint(self, ckpt_path: str | Path | None) -> Path | None:
+        """The file that ``ckpt_path`` means; rank 0 finds it, and tells the others once they have met."""
+        return self.run_directory.checkpoint(ckpt_path) if self.is_global_zero else None
+
+    def _run(self, model: Any, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
+        if self.world_size > 1:
+            # Lightning's SIGTERM handler meets the other ranks inside the signal, and hangs; TurnCheckpoint has one.
+            self._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+            self.strategy.setup_environment()
+            start_from = getattr(model, "start_from", None)
+            ckpt_path, start_from = ranks.broadcast((ckpt_path, start_from))
+            self._checkpoint_connector._ckpt_path = ckpt_path
+            if isinstance(model, LifelongEditor):
+                model.start_from = start_from
+        return super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
 
     def _fork_source(self, source: Path) -> Path:
         """The checkpoint file that ``fork_from`` means; a directory stands for its newest whole one."""
@@ -235,6 +268,7 @@ class EditTrainer(Trainer):
         defaults: list[tuple[type, type[Callback], bool]] = [
             (SettingsFile, SettingsFile, True),
             (EditLedger, EditLedger, True),
+            (RankAgreement, RankAgreement, True),
             (RunCurves, RunCurves, True),
             (StatisticsCheckpoint, StatisticsCheckpoint, True),
             (EditEvaluation, EditEvaluation, True),
@@ -261,6 +295,15 @@ class SettingsFile(Callback):
             "data": plain(dict(trainer.datamodule.hparams)),  # type: ignore[attr-defined]
         }
         run.next_config().write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+
+
+def _interleaved(by_rank: list[list[list[Any]]]) -> list[list[Any]]:
+    """Pieces whose items the ranks had divided as by ``ranks.own_part``, whole again."""
+    pieces = []
+    for parts in zip(*by_rank, strict=True):
+        size = sum(map(len, parts))
+        pieces.append([parts[i % len(parts)][i // len(parts)] for i in range(size)])
+    return pieces
 
 
 def _with_checkpoint_io(plugins: Any) -> list[Any]:

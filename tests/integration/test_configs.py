@@ -1,6 +1,8 @@
 """Every shipped configuration runs, shortened and on tiny material."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from tiny import LLAMA_SITE, edit_rows, write_stream
 from stableedit_pl.cli import main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-OVERLAYS = {"standardize.yaml", "no_normalization.yaml", "official_parity.yaml"}
+OVERLAYS = {"standardize.yaml", "no_normalization.yaml", "official_parity.yaml", "two_processes_cpu.yaml"}
 ALL = sorted(file.name for file in CONFIGS.glob("*.yaml"))
 
 
@@ -62,7 +64,12 @@ def test_configuration_runs(tmp_path: Path, llama_folder: str, name: str) -> Non
         f"--run_dir={tmp_path / 'run'}",
     ]
     uses_warmup = name != "own_data.yaml"
-    main([*arguments, f"--data.warmup_path={warmup}"] if uses_warmup else arguments)
+    given = [*arguments, f"--data.warmup_path={warmup}"] if uses_warmup else arguments
+    if name == "two_processes_cpu.yaml":  # starts its second process by the command line it was started with itself
+        command = [sys.executable, "-m", "stableedit_pl", *given]
+        subprocess.run(command, check=True, timeout=120, env={**os.environ, "PYTHONPATH": str(CONFIGS.parent)})
+    else:
+        main(given)
     phases = [line["phase"] for line in ledger(tmp_path / "run")]
     assert phases.count("edit") == 6
     assert (phases.count("warmup") > 0) == uses_warmup

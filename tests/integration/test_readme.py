@@ -29,6 +29,8 @@ COMMANDS = {
     "stableedit verify --run runs/demo": "",
     "stableedit fit --config configs/demo.yaml --config configs/standardize.yaml --fork_from runs/demo "
     "--run_dir runs/fork": "--trainer.max_steps 6",
+    "stableedit fit --config configs/demo.yaml --config configs/two_processes_cpu.yaml "
+    "--run_dir runs/two": "--trainer.max_steps 6",
 }
 
 

@@ -4,14 +4,18 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.strategies import StrategyRegistry
 
 from stableedit_pl.guards import check_trainer
+from stableedit_pl.rank_strategy import RankStrategy
+from stableedit_pl.trainer import EditTrainer
 
 
 @pytest.fixture(autouse=True)
@@ -104,11 +108,34 @@ def test_loss_scaling_is_refused(monkeypatch: Any) -> None:
     assert "precision=16-mixed scales the loss" in line and "bf16-mixed or 16-true" in line
 
 
-def test_several_processes_are_refused() -> None:
+def test_several_processes_need_our_strategy() -> None:
     (line,) = refusals(trainer(devices=2, strategy="ddp"))
-    assert "2 processes" in line and "trainer.devices to 1" in line and "DevicePlacement" in line
+    assert "2 processes under DDPStrategy" in line and "strategy=ddp" in line and "DevicePlacement" in line
     both = refusals(trainer(devices=2, strategy="ddp", use_distributed_sampler=True))
     assert len(both) == 2 and any("shuffle and split the stream" in line for line in both)
+
+
+def test_ranks_may_share_a_stream_but_not_split_it() -> None:
+    check_trainer(trainer(devices=2, strategy=RankStrategy()))
+    (line,) = refusals(trainer(devices=2, strategy=RankStrategy(), use_distributed_sampler=True))
+    assert "shuffle and split the stream" in line
+
+
+def test_ranks_and_a_device_map_exclude_each_other() -> None:
+    made = trainer(devices=2, strategy=RankStrategy())
+    made.strategy._lightning_module = SimpleNamespace(device_map="auto")
+    (line,) = refusals(made)
+    assert "DevicePlacement.device_map" in line and "trainer.devices to 1" in line
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "auto"])
+def test_the_edit_trainer_means_ranks_by_ddp_and_leaves_lightning_alone(tmp_path: Path, strategy: str) -> None:
+    before = dict(StrategyRegistry["ddp"])
+    made = EditTrainer(run_dir=str(tmp_path), accelerator="cpu", devices=2, strategy=strategy, logger=False)
+    assert type(made.strategy) is RankStrategy
+    check_trainer(made)
+    assert StrategyRegistry["ddp"] == before
+    assert not isinstance(trainer(devices=2, strategy="ddp").strategy, RankStrategy)
 
 
 def test_saving_on_an_exception_is_refused(tmp_path: Path) -> None:

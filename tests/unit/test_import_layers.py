@@ -23,9 +23,9 @@ LAYERS = [
     ["editor", "stream"],
     ["loaders"],
     ["editable_model", "report", "curves", "guards", "checkpoint_io"],
-    ["closed_form", "scoring", "compatibility", "loading", "saved_state"],
+    ["closed_form", "scoring", "shares", "compatibility", "loading", "saved_state"],
     ["capture", "planning", "memory", "turns", "record_encoding"],
-    ["partial_forward", "lower_outputs"],
+    ["partial_forward", "lower_outputs", "rank_strategy"],
     ["statistics", "normalization", "sites", "encoding", "readers", "row_digest", "ledger"],
     ["checkpoint_file", "results_file", "front_page", "screen"],
     [
@@ -38,9 +38,10 @@ LAYERS = [
         "freed_memory",
         "micro_batches",
         "plain",
+        "ranks",
         "demo",
     ],
-    ["integrity", "ridge", "errors"],
+    ["integrity", "ridge", "errors", "rank_watch"],
 ]
 """Top to bottom. A module imports from layers below its own; files in callbacks/ and readers/ also from each other."""
 
@@ -48,14 +49,14 @@ LAYER = {module: depth for depth, layer in enumerate(LAYERS) for module in layer
 
 LIGHTNING = {
     *("edit_cli", "trainer", "callbacks", "results", "editor", "stream", "editable_model", "curves", "guards"),
-    "checkpoint_io",
+    *("checkpoint_io", "rank_strategy"),
 }
 TRANSFORMERS = {"loading", "scoring", "sites"}
 TORCH = {
     *("callbacks", "export", "results", "editor", "stream", "checkpoint_io", "closed_form", "scoring"),
     *("compatibility", "loading", "capture", "planning", "turns", "statistics", "normalization", "ridge", "sites"),
     *("inverse_root", "workspace", "memory", "encoding", "moments", "loaders", "verify", "saved_state"),
-    *("partial_forward", "lower_outputs", "checkpoint_file"),
+    *("partial_forward", "lower_outputs", "checkpoint_file", "ranks", "rank_strategy", "shares"),
 }
 """Who may import what; everything else is for the standard library and this package alone."""
 

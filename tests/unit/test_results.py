@@ -42,6 +42,7 @@ def written(folder: Path, *, loggers: Any = (), rank_zero: bool = True, scoring:
         is_global_zero=rank_zero,
         default_root_dir=str(folder),
         precision="32-true",
+        world_size=2,
         global_step=6,
         loggers=list(loggers),
     )
@@ -67,6 +68,7 @@ def test_scores_come_with_everything_that_changes_them(tmp_path: Path, monkeypat
         "normalization": "standardize",
     }
     assert settings["checksums"] == {"path_sha256": "abc", "warmup_path_sha256": "def"}
+    assert settings["processes"] == 2
     assert (settings["scoring"], settings["seed"], settings["precision"]) == ("token_match", 7, "32-true")
     assert "<prompt>" in settings["prompt_template"] and "<target>" in settings["prompt_template"]
     assert settings["versions"]["python"] == platform.python_version()

@@ -1,0 +1,237 @@
+"""Several processes share each turn: the same run, to rounding, as one process, and one that stops as a whole."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from edit_runs import assert_same_state, ledger, results, saved_state
+from tiny import LLAMA_SITE, edit_rows, relative_difference, write_stream
+
+from stableedit_pl.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+# The command line with a blow in it: at a turn, a rank is struck in the middle of its capture.
+STRUCK = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from stableedit_pl import cli, editor, shares
+rank, turn, how = int(os.environ["STRUCK_RANK"]), int(os.environ["STRUCK_TURN"]), os.environ["STRUCK_HOW"]
+step, capture = editor.LifelongEditor.training_step, shares.capture
+mine = int(os.environ.get("LOCAL_RANK", "0")) == rank
+now = -1
+def training_step(self, batch, batch_idx):
+    global now
+    now = batch.index
+    return step(self, batch, batch_idx)
+def struck(*args):
+    if mine and now == turn:
+        if how == "bitflip":
+            args[1][0].module.weight.data[0, 0] += 1e-3
+        else:
+            os.kill(os.getpid(), getattr(signal, how))
+    return capture(*args)
+editor.LifelongEditor.training_step, shares.capture = training_step, struck
+cli.main()
+"""
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_PORT")}
+    return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
+
+
+@pytest.fixture
+def config(tmp_path: Path, llama_folder: str, warmup_file: str) -> Path:
+    """33 edits in turns of 8: the fifth has one edit, fewer than there are ranks. Two sites, warm-up, evaluation."""
+    settings: dict[str, Any] = {
+        "model": {
+            "base_model": llama_folder,
+            "sites": ["model.layers.0.mlp.down_proj", LLAMA_SITE],
+            "step_size": 1e-3,
+            "ridge": 1.0,
+        },
+        "data": {
+            "path": write_stream(tmp_path / "edits.jsonl", edit_rows(33)),
+            "warmup_path": warmup_file,
+            "turn_size": 8,
+            "micro_batch_size": 3,
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "rank_timeout": 60,
+            "enable_progress_bar": False,
+            "callbacks": [
+                {"class_path": "WarmUp", "init_args": {"position": "q1"}},
+                {"class_path": "EditEvaluation", "init_args": {"every_n_turns": 2, "sample_size": 13}},
+                {"class_path": "StabilityMonitor"},
+                {"class_path": "RankAgreement", "init_args": {"every_n_turns": 1}},
+                {"class_path": "TurnCheckpoint", "init_args": {"every_n_turns": 2, "keep": 10}},
+            ],
+        },
+    }
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+def arguments(config: Path, run: Path, *more: str) -> list[str]:
+    return ["fit", f"--config={config}", f"--run_dir={run}", *more]
+
+
+def ddp(processes: int) -> list[str]:
+    return [f"--trainer.devices={processes}", "--trainer.strategy=ddp"]
+
+
+def together(given: list[str], script: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line; everything it starts has ended when this returns, or the pipes would be open still."""
+    command = [sys.executable, *(["-m", "stableedit_pl"] if script is None else [str(script)]), *given]
+    return subprocess.run(
+        command, env=environment(**variables), capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def alone(monkeypatch: pytest.MonkeyPatch, given: list[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["stableedit"])
+    main(given)
+
+
+def assert_same_run(run: Path, expected: Path, base: dict[str, torch.Tensor]) -> None:
+    """Weights to rounding; edits, positions and scores exactly."""
+    here, there = saved_state(run), saved_state(expected)
+    assert here.keys() == there.keys()
+    for name in base:
+        assert relative_difference(here[name] - base[name], there[name] - base[name]) <= 1e-5, name
+    assert [(line["id"], line["turn"]) for line in ledger(run)] == [(x["id"], x["turn"]) for x in ledger(expected)]
+    for line, other in zip(ledger(run), ledger(expected), strict=True):
+        for measured in ("loss_before", "loss_after", "at_edit", "known_before"):
+            assert line[measured] == pytest.approx(other[measured], rel=1e-3, abs=1e-5), (line["id"], measured)
+    for kind in ("base", "at_edit", "retained"):
+        assert results(run)[kind] == pytest.approx(results(expected)[kind]), kind
+    for kind in ("edits", "turns", "warmup_turns", "known_before"):
+        assert results(run)[kind] == results(expected)[kind], kind
+
+
+def weights_at(run: Path, turn: int) -> dict[str, torch.Tensor]:
+    state = torch.load(run / f"checkpoints/turn={turn}.ckpt", weights_only=True)["state_dict"]
+    return {name: tensor for name, tensor in state.items() if name.startswith("model.")}
+
+
+@pytest.mark.parametrize("normalization", ["whiten", "standardize", "none"])
+def test_two_processes_end_where_one_does(
+    tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch, normalization: str
+) -> None:
+    method = f"--model.normalization={normalization}"
+    alone(monkeypatch, arguments(config, tmp_path / "one", method))
+    done = together(arguments(config, tmp_path / "two", method, *ddp(2)))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("retained") == 1, "rank 0 alone shows the scores"
+    assert_same_run(tmp_path / "two", tmp_path / "one", weights_at(tmp_path / "one", 0))
+    assert results(tmp_path / "two")["settings"]["processes"] == 2
+
+
+def test_four_processes_and_whole_micro_batches(tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss averaged over micro-batches: three a turn, so that a rank of four has none."""
+    method = "--model.loss_reduction=micro_batch_mean"
+    alone(monkeypatch, arguments(config, tmp_path / "one", method))
+    done = together(arguments(config, tmp_path / "four", method, *ddp(4)))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "four", tmp_path / "one", weights_at(tmp_path / "one", 0))
+
+
+def test_a_killed_rank_stops_all_and_any_number_goes_on(
+    tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "struck.py"
+    script.write_text(STRUCK)
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    alone(monkeypatch, arguments(config, whole))
+    stopped = together(arguments(config, run, *ddp(2)), script, STRUCK_RANK="1", STRUCK_TURN="3", STRUCK_HOW="SIGKILL")
+    assert stopped.returncode == 1, stopped.stderr
+    assert "Rank 1 is lost" in stopped.stderr and "--ckpt_path last" in stopped.stderr
+    # Of one rank alone asked to stop, both stop at the same boundary; the same count then goes on bit for bit.
+    stopped = together(
+        arguments(config, run, *ddp(2), "--ckpt_path=last"),
+        script,
+        STRUCK_RANK="1",
+        STRUCK_TURN="4",
+        STRUCK_HOW="SIGTERM",
+    )
+    assert stopped.returncode == 143, stopped.stderr
+    assert stopped.stderr.count("Stopped by SIGTERM after turn 5") == 1
+    alone(monkeypatch, arguments(config, run, "--ckpt_path=last"))
+    assert_same_run(run, whole, weights_at(whole, 0))
+
+
+def test_the_same_count_resumes_bit_for_bit_and_a_lost_rank_0_is_named(tmp_path: Path, config: Path) -> None:
+    script = tmp_path / "struck.py"
+    script.write_text(STRUCK)
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert together(arguments(config, whole, *ddp(2))).returncode == 0
+    stopped = together(arguments(config, run, *ddp(2)), script, STRUCK_RANK="0", STRUCK_TURN="3", STRUCK_HOW="SIGKILL")
+    assert stopped.returncode == -signal.SIGKILL, stopped.stderr
+    assert "Rank 0 is lost" in stopped.stderr
+    done = together(arguments(config, run, *ddp(2), "--ckpt_path=last"))
+    assert done.returncode == 0, done.stderr
+    assert_same_state(saved_state(run), saved_state(whole))
+    assert (run / "edits.jsonl").read_text() == (whole / "edits.jsonl").read_text()
+
+
+def test_one_process_goes_on_as_four_and_a_difference_between_ranks_stops_them(
+    tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, whole, run = tmp_path / "struck.py", tmp_path / "whole", tmp_path / "run"
+    script.write_text(STRUCK)
+    alone(monkeypatch, arguments(config, whole))
+    alone(monkeypatch, arguments(config, run, "--trainer.max_steps=3"))
+    stopped = together(
+        arguments(config, run, *ddp(2), "--ckpt_path=last"),
+        script,
+        STRUCK_RANK="1",
+        STRUCK_TURN="3",
+        STRUCK_HOW="bitflip",
+    )
+    assert stopped.returncode == 1
+    assert "After turn 4 the ranks do not hold the same bytes as rank 0" in stopped.stderr
+    assert "model.model.layers.0.mlp.down_proj" in stopped.stderr and "on rank 1" in stopped.stderr
+    assert not (run / "checkpoints/turn=4.ckpt").exists()
+    done = together(arguments(config, run, *ddp(4), "--ckpt_path=last"))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(run, whole, weights_at(whole, 0))
+
+
+def test_torchrun_and_the_other_verbs(tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torchrun a stream is scored and asked: every edit once, in its order."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    run, one = tmp_path / "run", tmp_path / "one"
+    short = ["--trainer.max_steps=3", "--data.evaluation_batch_size=5"]
+    for given in (
+        arguments(config, run, *short, *ddp(2)),
+        ["predict", *arguments(config, run, *short, *ddp(2), "--ckpt_path=last")[1:]],
+    ):
+        done = subprocess.run(
+            [*launch, "-m", "stableedit_pl", *given],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    alone(monkeypatch, arguments(config, one, *short))
+    alone(monkeypatch, ["predict", *arguments(config, one, *short, "--ckpt_path=last")[1:]])
+    assert_same_run(run, one, weights_at(one, 0))
+    answers = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    assert [answer["id"] for answer in answers] == [f"e0-{i}" for i in range(33)]
+    assert (run / "predictions.jsonl").read_text() == (one / "predictions.jsonl").read_text()
