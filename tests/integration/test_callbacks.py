@@ -179,7 +179,7 @@ def test_reused_lower_layers_change_no_score(
         patch.setattr("stableedit_pl.partial_forward._layers_below", lambda model, sites: ())
         _, never = run("never", 0)
     fewer, reused = run("reused", 100)
-    assert 0 < fewer < 0.6 * in_full  # the captures, and every prompt once
+    assert 0 < fewer < 0.7 * in_full  # the captures, and every prompt once
     assert reused["scores"] == everything["scores"] == never["scores"]
     assert reused["curves"] == everything["curves"] == never["curves"]
     assert reused["after"] == pytest.approx(never["after"], rel=1e-4)
