@@ -46,7 +46,7 @@ class EditStream(LightningDataModule):
         on_bad_row: ``raise`` on rows that cannot be used, or ``skip`` them with a warning that lists them.
         evaluation_batch_size: edits read at a time by ``validate``, ``test`` and ``predict``.
         validation_size: edits that ``validate`` scores, drawn at a fixed seed; ``test`` scores all.
-        num_workers: processes that tokenize turns ahead of the editing.
+        num_workers: processes that tokenize turns ahead of the editing; 0 for a thread, one turn ahead.
     """
 
     def __init__(
