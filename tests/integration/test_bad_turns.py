@@ -36,7 +36,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Any:
                     rows.gradients[0, 0] = 3e38
                     rows.gradients[1, 0] = -3e38
                 elif kind == "loss":
-                    self._captured.losses[0] = float("nan")
+                    self._captured.measured[0, 0] = float("nan")
                 elif kind == "zero":
                     rows.keys.zero_()
             return loss

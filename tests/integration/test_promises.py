@@ -63,9 +63,10 @@ def test_a_bad_turn_leaves_the_previous_turns_state(
 ) -> None:
     """A value gradient that is not finite in turn 3 stops the run with the state after turn 2."""
     from stableedit_pl import editor as module
+    from stableedit_pl import shares
 
     clean = fit(tmp_path / "clean", llama_folder, {"path": stream_file}, trainer={"max_steps": 3})
-    real, seen = module.capture, []
+    real, seen = shares.capture, []
 
     def poisoned(*args: object, **kwargs: object) -> object:
         captured = real(*args, **kwargs)  # type: ignore[arg-type]
@@ -74,7 +75,7 @@ def test_a_bad_turn_leaves_the_previous_turns_state(
             captured.rows[LLAMA_SITE].gradients[0, 0] = float("nan")
         return captured
 
-    monkeypatch.setattr(module, "capture", poisoned)
+    monkeypatch.setattr(shares, "capture", poisoned)
     editors = []
     monkeypatch.setattr(module.LifelongEditor, "on_exception", lambda self, e: None, raising=False)
     original = module.LifelongEditor.on_fit_start

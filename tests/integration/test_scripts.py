@@ -20,9 +20,8 @@ def run(script: str, *arguments: str) -> tuple[int, str]:
 
 
 def test_benchmark_turn(tmp_path: Path) -> None:
-    code, said = run(
-        "benchmark_turn.py", "--shape=tiny", "--repeats=1", "--edits=30", f"--out={tmp_path / 'turn.json'}"
-    )
+    files = [f"--out={tmp_path / 'turn.json'}", f"--plot={tmp_path / 'turn.png'}"]
+    code, said = run("benchmark_turn.py", "--shape=tiny", "--repeats=1", "--edits=30", *files)
     figures = json.loads((tmp_path / "turn.json").read_text())
     assert code == 0 and "textbook / turn" in said and (tmp_path / "turn.png").stat().st_size > 5_000
     assert set(figures["seconds"]) == {"turn", "bare", "textbook"}

@@ -28,7 +28,7 @@ class Recorder:
 
 
 def trainer(*loggers: Any, step: int = 7) -> Any:
-    return SimpleNamespace(loggers=list(loggers), global_step=step)
+    return SimpleNamespace(loggers=list(loggers), global_step=step, is_global_zero=True)
 
 
 def test_points_stand_at_the_committed_turns_of_every_logger() -> None:
