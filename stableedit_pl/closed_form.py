@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from stableedit_pl.capture import Captured
-from stableedit_pl.planning import BadTurn, MethodSettings, TurnPlan, draft_turn, refuse_zero
+from stableedit_pl.method import MethodSettings
+from stableedit_pl.planning import BadTurn, TurnPlan, draft_turn, refuse_zero
 from stableedit_pl.ridge import SiteUpdate
 from stableedit_pl.sites import Site
 from stableedit_pl.statistics import LNStatistics

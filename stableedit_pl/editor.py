@@ -23,8 +23,8 @@ from stableedit_pl.editable_model import EditableModel, SpecificityReference
 from stableedit_pl.errors import SettingError, require_choice
 from stableedit_pl.guards import check_trainer
 from stableedit_pl.loading import ModelDtype
+from stableedit_pl.method import MethodSettings
 from stableedit_pl.normalization import Normalization, WhiteningSolver
-from stableedit_pl.planning import MethodSettings
 from stableedit_pl.report import TurnReport
 from stableedit_pl.saved_state import load_tensors, saved_tensors
 from stableedit_pl.scoring import ScoringRule, match

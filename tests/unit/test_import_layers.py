@@ -25,7 +25,7 @@ LAYERS = [
     ["editable_model", "report", "curves", "guards", "checkpoint_io"],
     ["closed_form", "scoring", "shares", "compatibility", "loading", "saved_state"],
     ["capture", "planning", "memory", "turns", "record_encoding"],
-    ["partial_forward", "lower_outputs", "rank_strategy"],
+    ["partial_forward", "lower_outputs", "rank_strategy", "method"],
     ["statistics", "normalization", "sites", "encoding", "readers", "row_digest", "ledger"],
     ["checkpoint_file", "results_file", "front_page", "screen"],
     [
@@ -54,9 +54,20 @@ LIGHTNING = {
 TRANSFORMERS = {"loading", "scoring", "sites"}
 TORCH = {
     *("callbacks", "export", "results", "editor", "stream", "checkpoint_io", "closed_form", "scoring"),
-    *("compatibility", "loading", "capture", "planning", "turns", "statistics", "normalization", "ridge", "sites"),
+    *(
+        "compatibility",
+        "loading",
+        "capture",
+        "planning",
+        "method",
+        "turns",
+        "statistics",
+        "normalization",
+        "ridge",
+        "sites",
+    ),
     *("inverse_root", "workspace", "memory", "encoding", "moments", "loaders", "verify", "saved_state"),
-    *("partial_forward", "lower_outputs", "checkpoint_file", "ranks", "rank_strategy", "shares"),
+    *("partial_forward", "lower_outputs", "checkpoint_file", "ranks", "rank_strategy", "shares", "method"),
 }
 """Who may import what; everything else is for the standard library and this package alone."""
 
