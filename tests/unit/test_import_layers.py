@@ -23,7 +23,7 @@ LAYERS = [
     ["editor", "stream"],
     ["loaders"],
     ["editable_model", "report", "curves", "guards", "checkpoint_io"],
-    ["closed_form", "scoring", "shares", "compatibility", "loading", "saved_state"],
+    ["closed_form", "scoring", "shares", "division", "compatibility", "loading", "saved_state"],
     ["capture", "planning", "memory", "turns", "record_encoding"],
     ["partial_forward", "lower_outputs", "rank_strategy", "method"],
     ["statistics", "normalization", "sites", "encoding", "readers", "row_digest", "ledger"],
@@ -68,6 +68,7 @@ TORCH = {
     ),
     *("inverse_root", "workspace", "memory", "encoding", "moments", "loaders", "verify", "saved_state"),
     *("partial_forward", "lower_outputs", "checkpoint_file", "ranks", "rank_strategy", "shares", "method"),
+    *("division",),
 }
 """Who may import what; everything else is for the standard library and this package alone."""
 
