@@ -20,7 +20,9 @@ from stableedit_pl.cli import main
 ROOT = Path(__file__).parents[2]
 
 # The command line with a blow in it: at a turn, a rank is struck in the middle of its capture.
+FINAL_SCORES = 99
 STRUCK = f"""
+FINAL_SCORES = {FINAL_SCORES}
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from stableedit_pl import cli, editor, shares
@@ -40,6 +42,13 @@ def struck(*args):
             os.kill(os.getpid(), getattr(signal, how))
     return capture(*args)
 editor.LifelongEditor.training_step, shares.capture = training_step, struck
+from stableedit_pl.callbacks import edit_evaluation
+scores = edit_evaluation.score_base_and_retained
+def struck_late(*args):
+    if mine and turn == FINAL_SCORES:
+        os.kill(os.getpid(), getattr(signal, how))
+    return scores(*args)
+edit_evaluation.score_base_and_retained = struck_late
 cli.main()
 """
 
@@ -191,6 +200,18 @@ def test_the_same_count_resumes_bit_for_bit_and_a_lost_rank_0_is_named(tmp_path:
     assert done.returncode == 0, done.stderr
     assert_same_state(saved_state(run), saved_state(whole))
     assert (run / "edits.jsonl").read_text() == (whole / "edits.jsonl").read_text()
+
+
+def test_final_scores_are_interrupted_on_all_ranks_and_taken_by_the_resumed_run(tmp_path: Path, config: Path) -> None:
+    """Every turn is saved by then: the rank that was asked stops at once, and the other does not wait for it."""
+    script, run = tmp_path / "struck.py", tmp_path / "run"
+    script.write_text(STRUCK)
+    late = {"STRUCK_RANK": "1", "STRUCK_TURN": str(FINAL_SCORES), "STRUCK_HOW": "SIGTERM"}
+    stopped = together(arguments(config, run, *ddp(2)), script, **late)
+    assert stopped.returncode == 1 and not (run / "results.json").exists(), stopped.stderr
+    assert "rank 1 said: Stopped by SIGTERM after turn 7" in stopped.stderr and "--ckpt_path last" in stopped.stderr
+    done = together(arguments(config, run, *ddp(2), "--ckpt_path=last"))
+    assert done.returncode == 0 and results(run)["edits"] == 33, done.stderr
 
 
 def test_one_process_goes_on_as_four_and_a_difference_between_ranks_stops_them(
