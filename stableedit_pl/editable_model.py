@@ -103,10 +103,17 @@ class EditableModel(LightningModule):
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move the model, unless its device map already placed it."""
-        if getattr(getattr(self, "model", None), "hf_device_map", None):
-            return self
-        super().to(*args, **kwargs)
+        if not self._placed:
+            super().to(*args, **kwargs)
         return self
+
+    def cpu(self) -> Self:
+        """What Lightning does when a verb ends; a placed model's hooks would still send its inputs to where it was."""
+        return self if self._placed else super().cpu()
+
+    @property
+    def _placed(self) -> bool:
+        return bool(getattr(getattr(self, "model", None), "hf_device_map", None))
 
     # ---- scoring
 

@@ -159,6 +159,9 @@ def draft_turn(
 ) -> TurnDraft:
     """Compute a turn without writing anything, and without waiting for the device.
 
+    Sites on several accelerators are solved at the same time: the host queues the work of each site where its moments
+    are and goes on to the next. Sites whose moments are in host memory come last, since the host does those itself.
+
     Args:
         captured: every site's rows of this turn.
         statistics: LN statistics before the turn.
@@ -166,7 +169,8 @@ def draft_turn(
         update_weights: False for a warm-up turn that only feeds the statistics.
     """
     # The algebra happens where the moments live, which need not be the model's device.
-    captured = {name: statistics.beside_moments(name, rows) for name, rows in captured.items()}
+    names_in_order = list(captured)
+    captured = {name: statistics.beside_moments(name, captured[name]) for name in statistics.host_last(captured)}
     faults = [
         (f"keys or value gradients of site {name} are not finite", all_finite(values))
         for name, rows in captured.items()
@@ -185,7 +189,7 @@ def draft_turn(
                 faults.append((f"site {name}: {unsolvable(updates[name], settings.ridge)}", failed == 0))
                 if solver is not None:
                     solvers[name] = solver
-    in_order = {name: updates[name] for name in captured if name in updates}
+    in_order = {name: updates[name] for name in names_in_order if name in updates}
     return TurnDraft(after, in_order, solvers, faults, {name: update.norm() for name, update in in_order.items()})
 
 

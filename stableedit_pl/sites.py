@@ -30,7 +30,8 @@ class Site:
         module: the ``Linear`` or ``Conv1D``.
         d_in: width of the keys.
         d_out: width of the value gradients.
-        original: the weight as loaded from the base model, on the CPU, in the weight's layout and dtype.
+        original: the weight as loaded from the base model, on the CPU, in the weight's layout and dtype; on
+            ``meta`` where the model is.
         master: float32 copy of the weight that accumulates updates when the model's own dtype is too coarse,
             in the weight's layout; None when the weight is updated itself.
     """
@@ -64,7 +65,7 @@ class Site:
         self.module = module
         self.transposed = isinstance(module, Conv1D)
         self.d_in, self.d_out = weight.shape if self.transposed else weight.shape[::-1]
-        self.original = weight.detach().to("cpu", copy=True)
+        self.original = weight.detach().to("meta" if weight.is_meta else "cpu", copy=True)
         self.master: Tensor | None = None
 
     @property

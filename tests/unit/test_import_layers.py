@@ -22,10 +22,10 @@ LAYERS = [
     ["results"],
     ["editor", "stream"],
     ["loaders"],
-    ["editable_model", "report", "curves", "guards", "checkpoint_io"],
-    ["closed_form", "scoring", "shares", "compatibility", "loading", "saved_state"],
+    ["editable_model", "report", "curves", "guards", "checkpoint_io", "device_maps"],
+    ["closed_form", "scoring", "shares", "compatibility", "loading", "saved_state", "placement"],
     ["capture", "planning", "memory", "turns", "record_encoding"],
-    ["partial_forward", "lower_outputs", "rank_strategy"],
+    ["partial_forward", "lower_outputs", "rank_strategy", "rank_devices"],
     ["statistics", "normalization", "sites", "encoding", "readers", "row_digest", "ledger"],
     ["checkpoint_file", "results_file", "front_page", "screen"],
     [
@@ -57,6 +57,7 @@ TORCH = {
     *("compatibility", "loading", "capture", "planning", "turns", "statistics", "normalization", "ridge", "sites"),
     *("inverse_root", "workspace", "memory", "encoding", "moments", "loaders", "verify", "saved_state"),
     *("partial_forward", "lower_outputs", "checkpoint_file", "ranks", "rank_strategy", "shares"),
+    *("placement", "device_maps", "rank_devices"),
 }
 """Who may import what; everything else is for the standard library and this package alone."""
 
