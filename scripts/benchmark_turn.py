@@ -33,9 +33,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from stableedit_pl.capture import capture
 from stableedit_pl.closed_form import ClosedFormEdit, EditorState, StepInput
 from stableedit_pl.encoding import IGNORED, Encoding, collate
+from stableedit_pl.method import MethodSettings
 from stableedit_pl.micro_batches import by_length
 from stableedit_pl.partial_forward import PartialForward
-from stableedit_pl.planning import MethodSettings
 from stableedit_pl.sites import resolve_sites
 from stableedit_pl.statistics import LNStatistics
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from stableedit_pl.capture import Captured
-from stableedit_pl.planning import BadTurn, MethodSettings, TurnPlan, draft_turn, refuse_zero
+from stableedit_pl.method import MethodSettings, Solve, solve_all
+from stableedit_pl.planning import BadTurn, TurnPlan, draft_turn, refuse_zero
 from stableedit_pl.ridge import SiteUpdate
 from stableedit_pl.sites import Site
 from stableedit_pl.statistics import LNStatistics
@@ -100,6 +101,7 @@ class ClosedFormEdit(Optimizer):
         bad_turns: ``raise`` on a turn whose numbers are bad, or ``skip`` it: it counts as committed, nothing of it is
             applied.
         max_update_norm: a turn is bad when its update is larger than so many times the running median; None: never.
+        solve: solves a turn's problems, here or together with other ranks.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class ClosedFormEdit(Optimizer):
         take_input: Callable[[], StepInput],
         bad_turns: BadTurns = "raise",
         max_update_norm: float | None = None,
+        solve: Solve = solve_all,
     ) -> None:
         """See the class."""
         super().__init__([site.module.weight for site in sites], defaults={})
@@ -117,6 +120,7 @@ class ClosedFormEdit(Optimizer):
         self.take_input = take_input
         self.bad_turns = bad_turns
         self.max_update_norm = max_update_norm
+        self.solve = solve
         self.measure_survival = False
         self.last: StepResult | None = None
         self._solvers: dict[tuple[int, int], str] = {}
@@ -158,7 +162,9 @@ class ClosedFormEdit(Optimizer):
 
     def _plan(self, given: StepInput) -> tuple[TurnPlan, list[Prepared]]:
         """The checked plan, and its updates ready to be added."""
-        draft = draft_turn(given.captured.rows, self.editor_state.statistics, given.settings, given.update_weights)
+        draft = draft_turn(
+            given.captured.rows, self.editor_state.statistics, given.settings, given.update_weights, self.solve
+        )
         prepared = self._prepared(draft.updates)
         too_large = [
             (

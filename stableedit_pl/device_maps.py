@@ -145,7 +145,7 @@ def plan_explicit(demand: Demand, device_map: DeviceMap, free: Mapping[torch.dev
     }
     if any(device.type == "meta" for device in taken) or any(rooms[device].left < 0 for device in taken):
         raise PlacementError(
-            f"The language model has no room where DevicePlacement.device_map puts it:\n{table(rooms, {})}\n"
+            f"The language model has no room where it is to go:\n{table(rooms, {})}\n"
             f"It takes {size(sum(taken.values()))}. Nothing was loaded. Use device_map: auto over more devices, a "
             "coarser model.model_dtype, or a smaller DevicePlacement.headroom."
         )
@@ -195,8 +195,8 @@ def plan_automatic(demand: Demand, kind: str, free: Mapping[torch.device, float]
             if not crowded:
                 return plan
     first, _ = attempt({})
-    plan, reserved = first, dict[torch.device, int]()
-    for _ in free:
+    plan, crowded, reserved = first, False, dict[torch.device, int]()
+    for _ in range(1 + len(free)):
         if plan.placement is None or not plan.placement.moved:
             return plan
         for device, count in plan.placement.wanted.items():
@@ -207,4 +207,4 @@ def plan_automatic(demand: Demand, kind: str, free: Mapping[torch.device, float]
             break
         if crowded:
             break
-    return plan if plan.placement is not None and not plan.placement.moved and not crowded else first
+    return first

@@ -7,6 +7,7 @@ and ``ClosedFormEdit.step`` plans and commits. ``trainer.global_step`` is the nu
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,12 +20,13 @@ from stableedit_pl.capture import Captured, LossReduction
 from stableedit_pl.checkpoint_io import read_checkpoint
 from stableedit_pl.closed_form import BadTurns, ClosedFormEdit, EditorState, StepInput
 from stableedit_pl.compatibility import base_model_digest, refuse_differences, stored_identity, tokenizer_digest
+from stableedit_pl.division import DivideAlgebra, solve_together
 from stableedit_pl.editable_model import EditableModel, SpecificityReference
 from stableedit_pl.errors import SettingError, require_choice
 from stableedit_pl.guards import check_trainer
 from stableedit_pl.loading import ModelDtype
+from stableedit_pl.method import MethodSettings
 from stableedit_pl.normalization import Normalization, WhiteningSolver
-from stableedit_pl.planning import MethodSettings
 from stableedit_pl.report import TurnReport
 from stableedit_pl.saved_state import load_tensors, saved_tensors
 from stableedit_pl.scoring import ScoringRule, match
@@ -49,6 +51,8 @@ class LifelongEditor(EditableModel):
         eigenvalue_floor: absolute lower bound on the covariance estimate's eigenvalues.
         whitening_solver: who takes the covariance's inverse root: ``eigh``, ``quadrature`` (needs a positive
             prior_strength and no floor), or ``auto``, by device and width. A resumed run may change it.
+        divide_algebra: with several processes, solve each site at one of them and send the solutions to all
+            (``always``), or everything everywhere (``never``), or ``auto``, by sizes. A resumed run may change it.
         statistics_scope: one set of moments per ``site``, or per ``shape`` as the published program.
         loss_reduction: ``token_sum`` (results do not depend on micro-batches) or ``micro_batch_mean`` (the
             published program).
@@ -83,6 +87,7 @@ class LifelongEditor(EditableModel):
         specificity_reference: SpecificityReference = "base_output",
         scoring_batch_size: int = 128,
         whitening_solver: WhiteningSolver = "auto",
+        divide_algebra: DivideAlgebra = "auto",
     ) -> None:
         """See the class.
 
@@ -94,6 +99,8 @@ class LifelongEditor(EditableModel):
         self.settings = MethodSettings(
             normalization, step_size, ridge, prior_strength, eigenvalue_floor, whitening_solver
         )
+        require_choice("divide_algebra", divide_algebra, DivideAlgebra)
+        self.divide_algebra: DivideAlgebra = divide_algebra
         require_choice("statistics_scope", statistics_scope, StatisticsScope)
         require_choice("loss_reduction", loss_reduction, LossReduction)
         require_choice("master_dtype", master_dtype, MasterDtype)
@@ -175,7 +182,14 @@ class LifelongEditor(EditableModel):
 
     def configure_optimizers(self) -> ClosedFormEdit:
         """The optimizer whose step is one turn."""
-        return ClosedFormEdit(self.sites, self.state, self._take_input, self.bad_turns, self.max_update_norm)
+        return ClosedFormEdit(
+            self.sites,
+            self.state,
+            self._take_input,
+            self.bad_turns,
+            self.max_update_norm,
+            partial(solve_together, divide=self.divide_algebra),
+        )
 
     def training_step(self, turn: Turn, batch_idx: int) -> Tensor:
         """Capture the turn's keys and value gradients.

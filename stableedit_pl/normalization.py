@@ -136,6 +136,33 @@ def choose_solver(
     return "quadrature" if possible and preferred else "eigh"
 
 
+def solver_for(
+    moments: Moments,
+    method: Normalization,
+    prior_strength: float,
+    eigenvalue_floor: float,
+    wanted: WhiteningSolver,
+) -> Solver | None:
+    """Who takes the inverse root with these moments; None where the method, or so few rows, take none.
+
+    Args:
+        moments: full moments of the value gradients.
+        method: ``whiten``, ``standardize`` or ``none``.
+        prior_strength: see :func:`covariance`.
+        eigenvalue_floor: absolute lower bound on eigenvalues.
+        wanted: the setting, see :func:`choose_solver`.
+    """
+    count, width, device = moments.count, moments.mean.shape[0], moments.mean.device
+    enough_rows = count >= 2 and (prior_strength > 0 or count > width + 1)
+    if method != "whiten" or not enough_rows:
+        return None
+    if wanted == "auto" and device.type == "cpu" and width >= SINGLE_WIDTH:
+        possible = prior_strength > 0 and eigenvalue_floor == 0
+        if possible and allows_single(moments, prior_strength):
+            return "quadrature (float32)"
+    return choose_solver(wanted, count, width, device, prior_strength, eigenvalue_floor)
+
+
 def allows_single(moments: Moments, prior_strength: float) -> bool:
     """Whether the covariance is so well conditioned that float32 solves leave an error of ``SINGLE_ERROR`` at most.
 
@@ -216,15 +243,8 @@ def normalize(
     if gradient_moments.count < 2:
         return NormalizedRows(unit_root_mean_square(keys), unit_root_mean_square(gradients), None)
     normalized_keys = standardizer(key_moments)(keys)
-    width = gradient_moments.mean.shape[0]
-    enough_rows = prior_strength > 0 or gradient_moments.count > width + 1
-    if method == "standardize" or not enough_rows:
+    chosen = solver_for(gradient_moments, method, prior_strength, eigenvalue_floor, solver)
+    if chosen is None:
         return NormalizedRows(normalized_keys, standardizer(gradient_moments)(gradients), None)
-    chosen = choose_solver(
-        solver, gradient_moments.count, width, gradient_moments.mean.device, prior_strength, eigenvalue_floor
-    )
-    if solver == "auto" and gradient_moments.mean.device.type == "cpu" and width >= SINGLE_WIDTH:
-        possible = prior_strength > 0 and eigenvalue_floor == 0 and allows_single(gradient_moments, prior_strength)
-        chosen = "quadrature (float32)" if possible else chosen
     white = whiten(gradients, gradient_moments, prior_strength, eigenvalue_floor, chosen)
     return NormalizedRows(normalized_keys, white, chosen)

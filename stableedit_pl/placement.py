@@ -15,8 +15,8 @@ import torch
 from stableedit_pl.errors import SettingError
 from stableedit_pl.inverse_root import quadrature_nodes
 from stableedit_pl.memory import F32, F64, planned_bytes
+from stableedit_pl.method import MethodSettings
 from stableedit_pl.normalization import choose_solver
-from stableedit_pl.planning import MethodSettings
 from stableedit_pl.statistics import StatisticsScope
 
 HOST = torch.device("cpu")

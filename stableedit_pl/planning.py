@@ -11,67 +11,20 @@ are good is part of the draft, as tensors; they are read once, at its end, and m
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from stableedit_pl.errors import SettingError, require_choice
+from stableedit_pl.method import MethodSettings, Problem, Solution, Solve, solve_all
 from stableedit_pl.moments import all_finite
-from stableedit_pl.normalization import Normalization, Solver, WhiteningSolver, normalize
-from stableedit_pl.ridge import SiteUpdate, ridge_update, targets, unsolvable
+from stableedit_pl.normalization import Solver
+from stableedit_pl.ridge import SiteUpdate, unsolvable
 from stableedit_pl.statistics import LNStatistics, Rows
 
 
 class BadTurn(ArithmeticError):
     """A turn whose numbers must not reach the weights; nothing of it was committed."""
-
-
-@dataclass(frozen=True)
-class MethodSettings:
-    """What decides a turn's update, given its rows.
-
-    Attributes:
-        normalization: ``whiten`` (StableEdit), ``standardize`` (UltraEdit) or ``none``.
-        step_size: scale of the targets.
-        ridge: positive weight of the update's squared norm.
-        prior_strength: pseudo-observations per dimension of the covariance prior; 0: the paper's.
-        eigenvalue_floor: absolute lower bound on the covariance estimate's eigenvalues.
-        whitening_solver: who takes the covariance's inverse root: ``eigh``, ``quadrature`` or ``auto``, by device and
-            width. The results agree to rounding.
-    """
-
-    normalization: Normalization = "whiten"
-    step_size: float = 1e-6
-    ridge: float = 10.0
-    prior_strength: float = 1.0
-    eigenvalue_floor: float = 0.0
-    whitening_solver: WhiteningSolver = "auto"
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            SettingError: naming the setting, what it was and what it may be.
-        """
-        require_choice("normalization", self.normalization, Normalization)
-        for name, allowed in (("step_size", "positive"), ("ridge", "positive")):
-            if not getattr(self, name) > 0:
-                raise SettingError(f"{name} must be {allowed}, got {getattr(self, name)}")
-        for name in ("prior_strength", "eigenvalue_floor"):
-            if not getattr(self, name) >= 0:
-                raise SettingError(f"{name} must be zero or positive, got {getattr(self, name)}")
-        require_choice("whitening_solver", self.whitening_solver, WhiteningSolver)
-        if self.whitening_solver == "quadrature" and (self.prior_strength == 0 or self.eigenvalue_floor > 0):
-            raise SettingError(
-                "whitening_solver quadrature needs a positive prior_strength and eigenvalue_floor 0, got "
-                f"{self.prior_strength} and {self.eigenvalue_floor}; use auto or eigh"
-            )
-
-    def identity(self) -> dict[str, Any]:
-        """The settings that make a method what it is; the solver only changes how its numbers are found."""
-        return {name: value for name, value in asdict(self).items() if name != "whitening_solver"}
 
 
 @dataclass(frozen=True)
@@ -155,7 +108,11 @@ def read_tensors(tensors: Sequence[Tensor]) -> list[list[float]]:
 
 
 def draft_turn(
-    captured: Mapping[str, Rows], statistics: LNStatistics, settings: MethodSettings, update_weights: bool = True
+    captured: Mapping[str, Rows],
+    statistics: LNStatistics,
+    settings: MethodSettings,
+    update_weights: bool = True,
+    solve: Solve = solve_all,
 ) -> TurnDraft:
     """Compute a turn without writing anything, and without waiting for the device.
 
@@ -167,6 +124,7 @@ def draft_turn(
         statistics: LN statistics before the turn.
         settings: the method.
         update_weights: False for a warm-up turn that only feeds the statistics.
+        solve: solves the sites' problems.
     """
     # The algebra happens where the moments live, which need not be the model's device.
     names_in_order = list(captured)
@@ -178,38 +136,20 @@ def draft_turn(
     ]
     after = statistics.updated(captured)
     faults += [("the LN statistics would not be finite after this turn", good) for good in after.finite()]
-    updates: dict[str, SiteUpdate] = {}
-    solvers: dict[str, Solver] = {}
+    solutions: Mapping[str, Solution] = {}
     if update_weights:
-        for scope in dict.fromkeys(after.scope_of[name] for name in captured):
-            names = [name for name in captured if after.scope_of[name] == scope]
-            values, solver = _targets([captured[name] for name in names], after, scope, settings)
-            for name, wanted in zip(names, values, strict=True):
-                updates[name], failed = ridge_update(captured[name].keys, wanted, settings.ridge)
-                faults.append((f"site {name}: {unsolvable(updates[name], settings.ridge)}", failed == 0))
-                if solver is not None:
-                    solvers[name] = solver
-    in_order = {name: updates[name] for name in names_in_order if name in updates}
-    return TurnDraft(after, in_order, solvers, faults, {name: update.norm() for name, update in in_order.items()})
-
-
-def _targets(
-    rows: Sequence[Rows], statistics: LNStatistics, scope: str, settings: MethodSettings
-) -> tuple[Sequence[Tensor], Solver | None]:
-    """Targets of the sites that share a scope's moments, and who took the inverse root: once for all of them."""
-    key_moments, gradient_moments = statistics.keys[scope], statistics.gradients[scope]
-    normalized = normalize(
-        rows[0].keys if len(rows) == 1 else torch.cat([one.keys for one in rows]),
-        rows[0].gradients if len(rows) == 1 else torch.cat([one.gradients for one in rows]),
-        key_moments,
-        gradient_moments,
-        settings.normalization,
-        settings.prior_strength,
-        settings.eigenvalue_floor,
-        settings.whitening_solver,
-    )
-    values = targets(normalized.keys, normalized.gradients, settings.step_size)
-    return torch.split(values, [len(one.keys) for one in rows]), normalized.solver
+        scopes = dict.fromkeys(after.scope_of[name] for name in captured)
+        members = {scope: {n: r for n, r in captured.items() if after.scope_of[n] == scope} for scope in scopes}
+        solutions = solve(
+            [Problem(members[scope], after.keys[scope], after.gradients[scope], settings) for scope in scopes]
+        )
+        faults += [
+            (f"site {name}: {unsolvable(solution.update, settings.ridge)}", solution.failed == 0)
+            for name, solution in solutions.items()
+        ]
+    updates = {name: solutions[name].update for name in names_in_order if name in solutions}
+    solvers = {name: solution.solver for name, solution in solutions.items() if solution.solver is not None}
+    return TurnDraft(after, updates, solvers, faults, {name: update.norm() for name, update in updates.items()})
 
 
 def plan_turn(

@@ -128,6 +128,18 @@ def gather_rows(own: Tensor, counts: Sequence[int]) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(own.device)
 
 
+def send_to_all(numbers: Tensor, source: int) -> None:
+    """Fill a tensor, of one shape on every rank, with rank ``source``'s, in place.
+
+    Args:
+        numbers: on :func:`device`, contiguous.
+        source: whose numbers.
+    """
+    if world() > 1:
+        with noticing_losses():
+            dist.broadcast(numbers, src=source)
+
+
 def gather_same(own: Tensor, group: Any = None) -> list[Tensor]:
     """Every rank's tensor of one shape: how torchmetrics is to fetch the states of a metric."""
     flat = own.reshape(1, -1)

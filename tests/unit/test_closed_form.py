@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from stableedit_pl import closed_form, workspace
 from stableedit_pl.capture import Captured
 from stableedit_pl.closed_form import ClosedFormEdit, EditorState, StepInput
-from stableedit_pl.planning import BadTurn, MethodSettings, TurnPlan, plan_turn
+from stableedit_pl.method import MethodSettings
+from stableedit_pl.planning import BadTurn, TurnPlan, plan_turn
 from stableedit_pl.ridge import SiteUpdate
 from stableedit_pl.sites import Site
 from stableedit_pl.statistics import LNStatistics, Rows

@@ -23,9 +23,9 @@ LAYERS = [
     ["editor", "stream"],
     ["loaders"],
     ["editable_model", "report", "curves", "guards", "checkpoint_io", "device_maps"],
-    ["closed_form", "scoring", "shares", "compatibility", "loading", "saved_state", "placement"],
+    ["closed_form", "scoring", "shares", "division", "compatibility", "loading", "saved_state", "placement"],
     ["capture", "planning", "memory", "turns", "record_encoding"],
-    ["partial_forward", "lower_outputs", "rank_strategy", "rank_devices"],
+    ["partial_forward", "lower_outputs", "rank_strategy", "rank_devices", "method"],
     ["statistics", "normalization", "sites", "encoding", "readers", "row_digest", "ledger"],
     ["checkpoint_file", "results_file", "front_page", "screen"],
     [
@@ -54,10 +54,21 @@ LIGHTNING = {
 TRANSFORMERS = {"loading", "scoring", "sites"}
 TORCH = {
     *("callbacks", "export", "results", "editor", "stream", "checkpoint_io", "closed_form", "scoring"),
-    *("compatibility", "loading", "capture", "planning", "turns", "statistics", "normalization", "ridge", "sites"),
+    *(
+        "compatibility",
+        "loading",
+        "capture",
+        "planning",
+        "method",
+        "turns",
+        "statistics",
+        "normalization",
+        "ridge",
+        "sites",
+    ),
     *("inverse_root", "workspace", "memory", "encoding", "moments", "loaders", "verify", "saved_state"),
-    *("partial_forward", "lower_outputs", "checkpoint_file", "ranks", "rank_strategy", "shares"),
-    *("placement", "device_maps", "rank_devices"),
+    *("partial_forward", "lower_outputs", "checkpoint_file", "ranks", "rank_strategy", "shares", "method"),
+    *("division", "placement", "device_maps", "rank_devices"),
 }
 """Who may import what; everything else is for the standard library and this package alone."""
 

@@ -12,7 +12,7 @@ from stableedit_pl import workspace
 from stableedit_pl.capture import Captured
 from stableedit_pl.closed_form import ClosedFormEdit, EditorState, StepInput
 from stableedit_pl.memory import planned_bytes
-from stableedit_pl.planning import MethodSettings
+from stableedit_pl.method import MethodSettings
 from stableedit_pl.sites import Site
 from stableedit_pl.statistics import LNStatistics, Rows
 

@@ -9,7 +9,8 @@ from tiny import relative_difference
 from torch import nn
 
 from stableedit_pl.errors import SettingError
-from stableedit_pl.planning import BadTurn, MethodSettings, TurnPlan, plan_turn
+from stableedit_pl.method import MethodSettings
+from stableedit_pl.planning import BadTurn, TurnPlan, plan_turn
 from stableedit_pl.statistics import LNStatistics, Rows
 
 

@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from stableedit_pl import planning
 from stableedit_pl.capture import Captured
 from stableedit_pl.closed_form import ClosedFormEdit, EditorState, StepInput
-from stableedit_pl.planning import BadTurn, MethodSettings, draft_turn, read_tensors
+from stableedit_pl.method import MethodSettings
+from stableedit_pl.planning import BadTurn, draft_turn, read_tensors
 from stableedit_pl.sites import Site
 from stableedit_pl.statistics import LNStatistics, Rows
 
