@@ -2,7 +2,7 @@
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -90,8 +90,12 @@ class DevicePlacement(Callback):
         needs = self._needs(trainer, pl_module) if stage == "fit" else None
         if pl_module.sites:  # loaded for an earlier fit or validate: it stays where it is, and its memory is not free
             skeleton, sites = pl_module.model, pl_module.sites
-            placed = getattr(skeleton, "hf_device_map", None)
-            if placed:
+            placed = getattr(skeleton, "hf_device_map", pl_module.device_map)
+            if placed is None and device_map is not None:
+                raise MisconfigurationException(
+                    "DevicePlacement.device_map came too late: the model is loaded. Make a new LifelongEditor"
+                )
+            if isinstance(placed, Mapping):
                 device_map = explicit = {name: as_device(device) for name, device in placed.items()}
                 for device, count in model_bytes(skeleton, explicit).items():
                     free[device] = free.get(device, float("inf")) + count

@@ -113,7 +113,8 @@ class EditableModel(LightningModule):
 
     @property
     def _placed(self) -> bool:
-        return bool(getattr(getattr(self, "model", None), "hf_device_map", None))
+        # transformers leaves its mark on the model only where there is more than one device.
+        return bool(self.sites) and self.device_map is not None
 
     # ---- scoring
 

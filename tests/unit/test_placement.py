@@ -1,4 +1,4 @@
-"""Where state goes, on invented devices: beside sites, spread, on one device, elsewhere for want of room, or nowhere."""
+"""Where state goes, on invented devices: beside sites, spread, on one, elsewhere for want of room, or nowhere."""
 
 import pytest
 import torch
@@ -49,8 +49,8 @@ def test_spread_over_nothing_is_the_host() -> None:
 
 def test_sites_that_share_moments_stay_together() -> None:
     needs = Needs(ROWS, masters=True, scope="shape", settings=MethodSettings())
-    mixed = [*sites(*[GPU[0]] * 3), ModelSite("up", D_OUT, D_OUT, 2, GPU[1]), ModelSite("down", D_OUT, D_OUT, 2, GPU[1])]
-    found = place_state(mixed, needs, rooms(cuda0=9, cuda1=9, cpu=64), "spread", GPU[:2])
+    square = [ModelSite(name, D_OUT, D_OUT, 2, GPU[1]) for name in ("q", "o")]
+    found = place_state([*sites(*[GPU[0]] * 3), *square], needs, rooms(cuda0=9, cuda1=9, cpu=64), "spread", GPU[:2])
     assert [device.index for device in found.device_of.values()] == [0, 0, 0, 1, 1]
     assert found.planned[GPU[0]] == planned_bytes([(D_IN, D_OUT)] * 3, ROWS, scope="shape").total
 
@@ -84,7 +84,9 @@ def test_a_named_device_without_room_is_refused_with_figures() -> None:
     seven = sites(*[GPU[0]] * 7)
     assert set(place_state(seven, NEEDS, {GPU[1]: Room(3.25 * GIB)}, GPU[1]).device_of.values()) == {GPU[1]}
     space = {GPU[0]: Room(80 * GIB, 15 * GIB, 8 * GIB), GPU[1]: Room(16 * GIB, 12 * GIB, GIB), HOST: Room(200 * GIB)}
-    with pytest.raises(PlacementError, match=r"no room for the editor's state of 7 sites \(300 answer tokens") as refused:
+    with pytest.raises(
+        PlacementError, match=r"no room for the editor's state of 7 sites \(300 answer tokens"
+    ) as refused:
         place_state(seven, NEEDS, space, GPU[1])
     assert str(refused.value).splitlines()[1:5] == [
         "  device        free      model  kept free    editor   missing",
