@@ -13,7 +13,7 @@ from stableedit_pl.device_maps import AUTOMATIC, Demand, Plan, key_of, model_byt
 from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.errors import SettingError
 from stableedit_pl.loading import load_skeleton
-from stableedit_pl.placement import HOST, Needs, Wanted, cost_in_host, size, table
+from stableedit_pl.placement import HOST, Needs, Wanted, cost_in_host, listed, size, table
 from stableedit_pl.rank_devices import accelerators, as_device, foreign_devices, free_bytes, rank_devices
 from stableedit_pl.sites import resolve_sites
 from stableedit_pl.stream import EditStream
@@ -172,22 +172,30 @@ def _report(plan: Plan, needs: Needs | None) -> None:
             "every forward pass, several times a turn. More devices or a coarser model_dtype would end that.",
             size(plan.offloaded),
         )
-    if placement is None or needs is None or not placement.moved:
+    if placement is None or needs is None:
         return
     elsewhere = [site.name for site in placement.moved if site not in placement.in_host]
     if elsewhere:
+        where = dict.fromkeys(str(placement.device_of[name]) for name in elsewhere)
         log.warning(
-            "No room for the editor's state of %s where it was wanted; it is on:\n%s",
-            ", ".join(elsewhere),
-            "\n".join(f"  {name}: {placement.device_of[name]}" for name in elsewhere),
+            "No room for the editor's state of %s where it was wanted; it is on %s.",
+            listed(elsewhere),
+            ", ".join(where),
         )
-    if placement.in_host:
-        log.warning(
-            "No accelerator has room for the editor's state of %s. It lives in host memory: %s. docs/placement.md says "
-            "what else can be done.",
-            ", ".join(site.name for site in placement.in_host),
-            cost_in_host(placement.in_host, needs),
-        )
+    for site_state, level, why in (
+        (
+            [site for site in placement.in_host if site in placement.moved],
+            logging.WARNING,
+            "No accelerator has room for",
+        ),
+        ([site for site in placement.in_host if site not in placement.moved], logging.INFO, "Not beside the model:"),
+    ):
+        if site_state:
+            names = listed([site.name for site in site_state])
+            cost = cost_in_host(site_state, needs)
+            log.log(
+                level, "%s the editor's state of %s. It lives in host memory: %s (docs/placement.md).", why, names, cost
+            )
 
 
 def existing_device(setting: str, name: Any) -> torch.device:

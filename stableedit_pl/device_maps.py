@@ -20,6 +20,7 @@ from stableedit_pl.placement import (
     PlacementError,
     Room,
     Wanted,
+    listed,
     place_state,
     size,
     table,
@@ -155,7 +156,7 @@ def plan_explicit(demand: Demand, device_map: DeviceMap, free: Mapping[torch.dev
     lost = [site.name for site in placed if offloads and site.device == HOST]
     if lost:
         raise PlacementError(
-            f"DevicePlacement.device_map leaves {', '.join(lost)} in host memory while other parts are on an "
+            f"DevicePlacement.device_map leaves {listed(lost)} in host memory while other parts are on an "
             "accelerator: accelerate brings such weights there for each pass and drops them, so that no edit would "
             f"last:\n{table(rooms, {})}\nNothing was loaded. Give a device_map that puts the sites' layers on an "
             "accelerator and others on cpu, or more devices."

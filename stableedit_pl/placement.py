@@ -145,7 +145,7 @@ class Placement:
         wanted: device to the bytes of state that would be there with room enough.
         planned: device to the bytes of state that are there.
         moved: sites whose state found no room where it was wanted.
-        in_host: sites whose weight is on an accelerator and whose state found room in host memory only.
+        in_host: sites whose weight is on an accelerator and whose state is in host memory.
     """
 
     device_of: Mapping[str, torch.device]
@@ -210,7 +210,7 @@ def place_state(
             "smaller data.turn_size, fewer model.sites, a smaller DevicePlacement.headroom."
         )
     device_of = {site.name: one for one, held in members.items() for site in held}
-    in_host = [site for site in moved if device_of[site.name] == HOST and site.device != HOST]
+    in_host = [site for site in sites if device_of[site.name] == HOST and site.device != HOST]
     return Placement({site.name: device_of[site.name] for site in sites}, asked, planned, moved, in_host)
 
 
@@ -221,8 +221,13 @@ def cost_in_host(sites: Sequence[ModelSite], needs: Needs) -> str:
     what = "weights" if any(needs.master(site) for site in sites) else "update factors"
     return (
         f"every turn {size(there)} of keys and value gradients go to the host and {size(back)} of {what} come back "
-        f"over the bus, and the CPU does {flop / 1e12:.2g} TFLOP of algebra, most of it in float64"
+        f"over the bus, and the CPU does {flop / 1e12:.2g} TFLOP of algebra"
     )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names for people: all of a few, the first three of many."""
+    return ", ".join(names) if len(names) < 5 else f"{', '.join(names[:3])} and {len(names) - 3} more"
 
 
 def size(count: float) -> str:

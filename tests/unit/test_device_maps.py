@@ -1,5 +1,6 @@
 """A model and its editor over invented devices: an 8B Llama without weights, split by accelerate itself."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from accelerate import cpu_offload, dispatch_model
 from tiny import LLAMA_SITE, edit_rows, tiny_llama, word_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from stableedit_pl.callbacks.device_placement import _report
 from stableedit_pl.capture import Captured, capture
 from stableedit_pl.device_maps import Demand, Plan, inferred, key_of, model_bytes, plan_automatic, plan_explicit
 from stableedit_pl.encoding import Encoder
@@ -93,6 +95,17 @@ def test_the_editor_goes_to_the_host_before_the_model_does(llama: Any) -> None:
     assert plan.offloaded == 0 and plan.rooms[HOST].model == 0
     assert plan.placement is not None and plan.placement.in_host
     assert plan.placement.planned[HOST] > 0
+
+
+def test_what_the_page_quotes_is_what_is_printed(llama: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """docs/placement.md: a warning and a refusal, for two sizes of two GPUs."""
+    page = " ".join((Path(__file__).parents[2] / "docs/placement.md").read_text().split())
+    _report(plan_automatic(demand(llama), "auto", memory(9.8, 9.8, host=56), 0.1), NEEDS)
+    warnings = [record.getMessage() for record in caplog.records if "the editor's state" in record.getMessage()]
+    assert len(warnings) == 2 and " ".join(warnings) in page
+    with pytest.raises(PlacementError) as refused:
+        plan_explicit(demand(llama, GPU[1]), {"": GPU[0]}, memory(23.5, 3, host=56), 0.1)
+    assert " ".join(str(refused.value).split()) in page
 
 
 def test_a_model_without_room_is_refused(llama: Any) -> None:
