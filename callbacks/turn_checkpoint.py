@@ -1,5 +1,6 @@
 """Leaves the run resumable: saves completed turns, on a schedule, at the end, and when asked to stop."""
 
+import logging
 import os
 import time
 from pathlib import Path
@@ -8,18 +9,20 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from stableedit_pl import ranks
+from stableedit_pl import ranks, slurm
 from stableedit_pl.errors import SettingError
 from stableedit_pl.freed_memory import hand_back
 from stableedit_pl.run_directory import RunDirectory, flush_directory
 from stableedit_pl.stop_signals import StopRequested, StopSignals
+
+log = logging.getLogger(__name__)
 
 
 class TurnCheckpoint(Checkpoint):
     """Writes ``checkpoints/turn=<n>.ckpt`` and points ``checkpoints/last.ckpt`` at the newest.
 
     A new run's position 0 is saved before its first turn. The first Ctrl-C or SIGTERM lets the turn finish, saves, and
-    stops; a second Ctrl-C stops at once.
+    stops; a second Ctrl-C stops at once. So does SIGUSR1 in a SLURM job, which is then requeued.
 
     Args:
         every_n_turns: save after every so many turns; None for never by count.
@@ -77,13 +80,27 @@ class TurnCheckpoint(Checkpoint):
         if stop is not None:
             raise StopRequested(stop, trainer.global_step)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The last turn is saved: what is left are scores, which a signal may cut short.
+
+        Raises:
+            StopRequested: if one has come already.
+        """
+        self.signals.nothing_left_to_save(trainer.global_step)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the signals back; everything is saved."""
         self.signals.restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the signals back. Nothing is saved: the turn that failed may be half done."""
+        """Give the signals back. Nothing is saved: the turn that failed may be half done.
+
+        A SLURM job that was warned of its end goes into the queue again, now that everything is on disk.
+        """
         self.signals.restore()
+        warned = isinstance(exception, StopRequested) and exception.signum == slurm.REQUEUE_SIGNAL
+        if warned and trainer.is_global_zero:
+            log.warning("%s", slurm.requeue())
 
     def _due(self, trainer: Trainer) -> bool:
         turn = trainer.global_step

@@ -244,23 +244,22 @@ class Textbook:
 
 def parted(turn: Turn, clock: Clock) -> dict[str, float]:
     """Seconds of one turn by part, each waited for: a separate pass, since waiting costs overlap."""
-    from stableedit_pl import closed_form, planning
+    from stableedit_pl import method
     from stableedit_pl.statistics import LNStatistics as Statistics
 
-    real = (Statistics.updated, planning.normalize, planning.ridge_update, ClosedFormEdit._commit)
+    real = (Statistics.updated, method.normalize, method.ridge_update, ClosedFormEdit._commit)
     global capture
     captured = capture
     Statistics.updated = clock.time("moments", Statistics.updated)  # type: ignore[method-assign]
-    planning.normalize = clock.time("whitening", planning.normalize)
-    planning.ridge_update = clock.time("ridge", planning.ridge_update)
+    method.normalize = clock.time("whitening", method.normalize)
+    method.ridge_update = clock.time("ridge", method.ridge_update)
     ClosedFormEdit._commit = clock.time("commit", ClosedFormEdit._commit)  # type: ignore[method-assign]
     capture = clock.time("capture", capture)
     started = clock.now()
     turn()
     total = clock.now() - started
-    Statistics.updated, planning.normalize, planning.ridge_update, ClosedFormEdit._commit = real  # type: ignore[method-assign]
+    Statistics.updated, method.normalize, method.ridge_update, ClosedFormEdit._commit = real  # type: ignore[method-assign]
     capture = captured
-    assert closed_form
     return {**clock.parts, "rest": total - sum(clock.parts.values())}
 
 

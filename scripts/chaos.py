@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import stableedit_pl.callbacks.edit_evaluation as evaluation
 import stableedit_pl.callbacks.turn_checkpoint as saving
-from stableedit_pl import capture, checkpoint_io, cli, editable_model, editor, planning
+from stableedit_pl import capture, checkpoint_io, cli, editable_model, editor, method
 from stableedit_pl.checkpoint_io import read_checkpoint
 from stableedit_pl.run_directory import RunDirectory
 from stableedit_pl.sites import Site
@@ -101,7 +101,7 @@ def arm(point: str, turn: int, how: str, call: int = 0) -> None:
     if point == "capture":
         at(capture, "answer_loss", reached=here)
     elif point == "planning":
-        at(planning, ("ridge_update", "normalize")[call % 2], reached=here)
+        at(method, ("ridge_update", "normalize")[call % 2], reached=here)
     elif point == "commit":
         at(Site, "add", after=True, reached=here)
     elif point == "evaluation":

@@ -1,8 +1,10 @@
-"""Ctrl-C and SIGTERM finish the turn; a second Ctrl-C stops at once."""
+"""Ctrl-C, SIGTERM and SLURM's warning finish the turn; a second Ctrl-C stops at once."""
 
 import signal
 from types import FrameType
 from typing import Any
+
+from stableedit_pl import slurm
 
 
 class StopRequested(BaseException):
@@ -30,22 +32,42 @@ class StopRequested(BaseException):
 class StopSignals:
     """Handlers that only set a flag. Between turns the flag is read; inside one nothing is cut short."""
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
+
+    @classmethod
+    def heeded(cls) -> tuple[int, ...]:
+        """Signals that ask to stop: in a SLURM job also the one it sends before its time is up."""
+        warning = slurm.REQUEUE_SIGNAL if slurm.job() is not None else None
+        return cls.SIGNALS if warning is None else (*cls.SIGNALS, warning)
 
     def __init__(self) -> None:
         """Nothing is installed yet."""
         self.received: int | None = None
         self._interrupts = 0
+        self._saved_turns: int | None = None
         self._previous: dict[int, Any] = {}
 
     def install(self) -> None:
         """Take over the signals; outside the main thread, where Python does not allow it, do nothing."""
         self.restore()
-        self.received, self._interrupts = None, 0
+        self.received, self._interrupts, self._saved_turns = None, 0, None
         try:
-            self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+            self._previous = {number: signal.signal(number, self._handle) for number in self.heeded()}
         except ValueError:
             self._previous = {}
+
+    def nothing_left_to_save(self, turns: int) -> None:
+        """From now on a signal stops the run where it is.
+
+        Args:
+            turns: committed turns.
+
+        Raises:
+            StopRequested: if a signal has come already.
+        """
+        self._saved_turns = turns
+        if self.received is not None:
+            raise StopRequested(self.received, turns)
 
     def restore(self) -> None:
         """Give the signals back to whoever had them."""
@@ -57,4 +79,6 @@ class StopSignals:
         self._interrupts += signum == signal.SIGINT
         if self._interrupts > 1:
             raise KeyboardInterrupt
-        self.received = signum
+        first, self.received = self.received is None, signum
+        if first and self._saved_turns is not None:
+            raise StopRequested(signum, self._saved_turns)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
@@ -228,6 +229,9 @@ class EditTrainer(Trainer):
         return self.run_directory.checkpoint(ckpt_path) if self.is_global_zero else None
 
     def _run(self, model: Any, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
+        environment = self._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment):
+            environment.auto_requeue = False  # Lightning's saves inside the signal, in the middle of a turn
         if self.world_size > 1:
             # Lightning's SIGTERM handler meets the other ranks inside the signal, and hangs; TurnCheckpoint has one.
             self._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]

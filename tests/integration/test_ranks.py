@@ -20,7 +20,9 @@ from stableedit_pl.cli import main
 ROOT = Path(__file__).parents[2]
 
 # The command line with a blow in it: at a turn, a rank is struck in the middle of its capture.
+FINAL_SCORES = 99
 STRUCK = f"""
+FINAL_SCORES = {FINAL_SCORES}
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from stableedit_pl import cli, editor, shares
@@ -40,6 +42,13 @@ def struck(*args):
             os.kill(os.getpid(), getattr(signal, how))
     return capture(*args)
 editor.LifelongEditor.training_step, shares.capture = training_step, struck
+from stableedit_pl.callbacks import edit_evaluation
+scores = edit_evaluation.score_base_and_retained
+def struck_late(*args):
+    if mine and turn == FINAL_SCORES:
+        os.kill(os.getpid(), getattr(signal, how))
+    return scores(*args)
+edit_evaluation.score_base_and_retained = struck_late
 cli.main()
 """
 
@@ -119,6 +128,12 @@ def assert_same_run(run: Path, expected: Path, base: dict[str, torch.Tensor]) ->
         assert results(run)[kind] == pytest.approx(results(expected)[kind]), kind
     for kind in ("edits", "turns", "warmup_turns", "known_before"):
         assert results(run)[kind] == results(expected)[kind], kind
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def weights_at(run: Path, turn: int) -> dict[str, torch.Tensor]:
@@ -215,6 +230,18 @@ def test_the_same_count_resumes_bit_for_bit_and_a_lost_rank_0_is_named(tmp_path:
     assert (run / "edits.jsonl").read_text() == (whole / "edits.jsonl").read_text()
 
 
+def test_final_scores_are_interrupted_on_all_ranks_and_taken_by_the_resumed_run(tmp_path: Path, config: Path) -> None:
+    """Every turn is saved by then: the rank that was asked stops at once, and the other does not wait for it."""
+    script, run = tmp_path / "struck.py", tmp_path / "run"
+    script.write_text(STRUCK)
+    late = {"STRUCK_RANK": "1", "STRUCK_TURN": str(FINAL_SCORES), "STRUCK_HOW": "SIGTERM"}
+    stopped = together(arguments(config, run, *ddp(2)), script, **late)
+    assert stopped.returncode == 1 and not (run / "results.json").exists(), stopped.stderr
+    assert "rank 1 said: Stopped by SIGTERM after turn 7" in stopped.stderr and "--ckpt_path last" in stopped.stderr
+    done = together(arguments(config, run, *ddp(2), "--ckpt_path=last"))
+    assert done.returncode == 0 and results(run)["edits"] == 33, done.stderr
+
+
 def test_one_process_goes_on_as_four_and_a_difference_between_ranks_stops_them(
     tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,9 +267,7 @@ def test_one_process_goes_on_as_four_and_a_difference_between_ranks_stops_them(
 
 def test_torchrun_and_the_other_verbs(tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under torchrun a stream is scored and asked: every edit once, in its order."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
     run, one = tmp_path / "run", tmp_path / "one"
     short = ["--trainer.max_steps=3", "--data.evaluation_batch_size=5"]
@@ -265,3 +290,84 @@ def test_torchrun_and_the_other_verbs(tmp_path: Path, config: Path, monkeypatch:
     answers = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     assert [answer["id"] for answer in answers] == [f"e0-{i}" for i in range(33)]
     assert (run / "predictions.jsonl").read_text() == (one / "predictions.jsonl").read_text()
+
+
+# Stands in for srun: as many tasks as the job has, each told its place as SLURM tells it. --signal's warning is the
+# blow of STRUCK; the status is the largest of the tasks', as srun's is.
+SRUN = """
+import os, subprocess, sys
+count = int(os.environ["SLURM_NTASKS"])
+tasks = [
+    subprocess.Popen(
+        [sys.executable, os.environ["STRUCK_SCRIPT"], *sys.argv[2:]],
+        env={**os.environ, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "LOCAL_RANK": str(i)},
+    )
+    for i in range(count)
+]
+sys.exit(max(task.wait() for task in tasks))
+"""
+
+
+def test_a_slurm_job_is_requeued_and_goes_on_bit_for_bit(tmp_path: Path, config: Path) -> None:
+    programs, struck, asked = tmp_path / "bin", tmp_path / "struck.py", tmp_path / "asked"
+    programs.mkdir()
+    struck.write_text(STRUCK)
+    for name, text in (("srun", f"#!{sys.executable}\n{SRUN}"), ("scontrol", f'#!/bin/sh\necho "$@" >> {asked}\n')):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    job = {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NAME": "stableedit",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NNODES": "1",
+        "SLURM_NODEID": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "STRUCK_SCRIPT": str(struck),
+        "STRUCK_RANK": "1",
+        "STRUCK_HOW": "SIGUSR1",
+    }
+
+    def submitted(run: Path, struck_turn: int) -> subprocess.CompletedProcess[str]:
+        command = ["bash", str(ROOT / "scripts/slurm.sbatch"), str(config), str(run)]
+        given = environment(**job, STRUCK_TURN=str(struck_turn), MASTER_PORT=str(free_port()))
+        return subprocess.run(command, env=given, capture_output=True, text=True, timeout=120, check=False)
+
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    done = submitted(whole, -2)
+    assert done.returncode == 0 and not asked.exists(), done.stderr
+    stopped = submitted(run, 3)
+    assert stopped.returncode == 128 + signal.SIGUSR1, stopped.stderr
+    assert asked.read_text() == "requeue 4711\n", "once, by rank 0"
+    assert "SLURM has job 4711 in its queue again" in stopped.stderr
+    assert "Stopped by SIGUSR1 after turn 4" in stopped.stderr
+    assert not list(run.glob("hpc_ckpt*")), "Lightning's own would be taken for the newest checkpoint"
+    done = submitted(run, -2)
+    assert done.returncode == 0, done.stderr
+    assert_same_state(saved_state(run), saved_state(whole))
+    assert (run / "edits.jsonl").read_text() == (whole / "edits.jsonl").read_text()
+
+
+def test_two_nodes_under_torchrun(tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two agents, as on two nodes with a device each: both of their processes are local rank 0."""
+    port, run, one = free_port(), tmp_path / "run", tmp_path / "one"
+    short = ["--trainer.max_steps=3"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    launch += ["--master_addr=127.0.0.1", f"--master_port={port}", "-m", "stableedit_pl"]
+    given = arguments(config, run, *short, "--trainer.num_nodes=2", *ddp(1))
+    agents = [
+        subprocess.Popen(
+            [*launch[:5], f"--node_rank={node}", *launch[5:], *given],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    said = [agent.communicate(timeout=120)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    alone(monkeypatch, arguments(config, one, *short))
+    assert_same_run(run, one, weights_at(one, 0))
+    assert results(run)["settings"]["processes"] == 2

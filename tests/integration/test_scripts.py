@@ -42,6 +42,21 @@ def test_benchmark_stream(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "stream.json").read_text())["rows"]) == 10 and "last tenth over first" in said
 
 
+def test_benchmark_scaling(tmp_path: Path) -> None:
+    """Bytes are those of the formula; seconds are not asserted."""
+    given = ["--shape=tiny", "--processes", "1", "2", "--repeats=1", "--edits=30"]
+    code, said = run("benchmark_scaling.py", *given, f"--out={tmp_path / 'scaling.json'}")
+    figures = json.loads((tmp_path / "scaling.json").read_text())
+    assert code == 0 and "Measured: seconds of a turn" in said and "Predicted, not measured" in said
+    two = figures["2"]
+    line, rows = two["medians"]["divided"], two["rows"]
+    assert line["sent"] == 8 * sum(rows * d_out + rows * rows + 1 for _, d_out in two["sites"])
+    assert line["solve"] < two["medians"]["everywhere"]["turn"]
+    # Each rank gives its part of the rows (and two measurements of each edit): about half of them.
+    assert line["gathered"] == pytest.approx(4 * rows / 2 * sum(map(sum, two["sites"])), rel=0.2)
+    assert [row["gpus"] for row in figures["predicted"]] == [1, 8, 64, 1, 8, 64]
+
+
 def test_benchmark_evaluate(tmp_path: Path) -> None:
     code, said = run("benchmark_evaluate.py", "--repeats=1", f"--out={tmp_path / 'evaluate.json'}")
     figures = json.loads((tmp_path / "evaluate.json").read_text())

@@ -41,7 +41,7 @@ LAYERS = [
         "ranks",
         "demo",
     ],
-    ["integrity", "ridge", "errors", "rank_watch"],
+    ["integrity", "ridge", "errors", "rank_watch", "slurm"],
 ]
 """Top to bottom. A module imports from layers below its own; files in callbacks/ and readers/ also from each other."""
 

@@ -54,6 +54,37 @@ def test_a_second_ctrl_c_counts_although_sigterm_came_between(signals: StopSigna
     raise AssertionError("the second Ctrl-C did not stop at once")
 
 
+def test_when_all_is_saved_a_signal_stops_at_once(signals: StopSignals) -> None:
+    """What is left are scores: they may take hours, and are taken again by a resumed run."""
+    signals.nothing_left_to_save(7)
+    with pytest.raises(StopRequested, match="SIGTERM after turn 7"):
+        signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGINT)  # on its way out already
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_signal_just_before_all_is_saved_is_not_lost(signals: StopSignals) -> None:
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(StopRequested, match="SIGTERM after turn 7"):
+        signals.nothing_left_to_save(7)
+
+
+def test_slurms_warning_is_heeded_in_a_job_and_nowhere_else(
+    signals: StopSignals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    signals.install()
+    assert signal.getsignal(signal.SIGUSR1) is before
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    signals.install()
+    signal.raise_signal(signal.SIGUSR1)
+    assert signals.received == signal.SIGUSR1
+    signals.restore()
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
 def test_handlers_go_back_to_whom_they_belonged() -> None:
     calls: list[int] = []
     before = {number: signal.getsignal(number) for number in StopSignals.SIGNALS}
