@@ -130,6 +130,8 @@ class LifelongEditor(EditableModel):
         """
         if not self.sites:
             super().configure_model()
+            for site in self.sites:
+                site.master_device = self.state_devices.get(site.name)
             self.state = EditorState(LNStatistics.empty(self.sites, self.statistics_scope))
             self._base_digest = base_model_digest(self.model.config, self.sites)
 

@@ -431,6 +431,7 @@ def test_a_placed_model_and_editor_give_the_same_weights(
                  callbacks=[DevicePlacement(**settings)])  # fmt: skip
     assert set(placed.device_map.values()) == {"cpu"}
     assert set(placed.state_devices.values()) == {HOST}
+    assert {site.master_device for site in placed.sites} == {HOST}
     assert_same_state(plain.state_dict(), placed.state_dict())
 
 
