@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from stableedit_pl import ranks
 from stableedit_pl.device_maps import AUTOMATIC, Demand, Plan, key_of, model_bytes, plan_automatic, plan_explicit
 from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.errors import SettingError
@@ -151,15 +152,14 @@ def _named(setting: str, name: Any, root: torch.device) -> torch.device:
 
 
 def _refuse_foreign(trainer: Any, named: Sequence[torch.device]) -> None:
-    foreign = foreign_devices(trainer, named)
-    if foreign:
-        own = ", ".join(map(str, rank_devices(trainer))) or "none but cpu"
-        raise MisconfigurationException(
-            f"DevicePlacement names {', '.join(foreign)}, which process {trainer.global_rank} of {trainer.world_size} "
-            f"does not have to itself; its own: {own}. A process's own devices are those from its first, in "
-            "trainer.devices, up to the next process's; editor_device null or spread and device_map auto, balanced or "
-            "sequential take them."
-        )
+    """Refuse on every rank what is another's on any, so that none goes on and waits."""
+    for place, foreign in enumerate(ranks.gather(foreign_devices(trainer, named))):
+        if foreign:
+            raise MisconfigurationException(
+                f"DevicePlacement names {', '.join(foreign)}, which process {place} of {trainer.world_size} does not "
+                "have to itself: a process's own devices are those from its first, in trainer.devices, up to the next "
+                "process's. editor_device null or spread and device_map auto, balanced or sequential take each one's own."
+            )
 
 
 def _report(plan: Plan, needs: Needs | None) -> None:

@@ -103,7 +103,15 @@ def inferred(skeleton: Any, kind: str, memory: Mapping[torch.device, float]) -> 
 
     Returns:
         Parts that nothing has room for are on ``meta``.
+
+    Raises:
+        PlacementError: if the first device is to be spared and is another process's.
     """
+    if kind == "balanced_low_0" and len(memory) > 1 and torch.device("cuda", 0) not in memory:
+        raise PlacementError(
+            "DevicePlacement.device_map=balanced_low_0 spares cuda:0, which is not among this process's devices; use "
+            "balanced"
+        )
     accelerate = importlib.import_module("accelerate")
     whole: Any = getattr(skeleton, "_no_split_modules", None)
     options = {"no_split_module_classes": None if whole is None else list(whole)}

@@ -112,7 +112,7 @@ class LifelongEditor(EditableModel):
             raise SettingError(f"max_update_norm must be positive or null, got {max_update_norm}")
         self.bad_turns: BadTurns = bad_turns
         self.max_update_norm = max_update_norm
-        self.state_devices: Mapping[str, torch.device] = {}
+        self.state_devices: Mapping[str, torch.device] = {}  # site name to where its state lives; absent: beside it
         self.start_from: Path | None = None
         self.forked_from: str | None = None
         self.report: TurnReport | None = None

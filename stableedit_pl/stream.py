@@ -166,7 +166,7 @@ class EditStream(LightningDataModule):
         lost = {row for slot in slots if slot.phase == "edit" for row in slot.rows}
         return [row for row in applied if row not in lost] if lost else applied
 
-    def turn_rows(self, looked_at: int = 100) -> int:
+    def turn_rows(self, looked_at: int = 30) -> int:
         """Answer tokens of a turn: of the largest among some turns of either stream, evenly spaced.
 
         Args:

@@ -88,9 +88,10 @@ def test_a_named_device_is_left_room_before_the_model_comes(llama: Any) -> None:
     assert "cuda:1" in str(refused.value) and "3.24 GiB" in str(refused.value)
 
 
-def test_the_editor_goes_to_the_host_before_the_model_does(llama: Any) -> None:
+@pytest.mark.parametrize("layers", ["{0..6}", "{25..31}"])
+def test_the_editor_goes_to_the_host_before_the_model_does(llama: Any, layers: str) -> None:
     """17.6 GiB for a model of 15: what is left does not hold the state of all seven sites, 3.2 GiB and more apart."""
-    plan = plan_automatic(demand(llama), "auto", memory(9.8, 9.8), 0.1)
+    plan = plan_automatic(demand(llama, layers=layers), "auto", memory(9.8, 9.8), 0.1)
     assert_all_have_room(plan)
     assert plan.offloaded == 0 and plan.rooms[HOST].model == 0
     assert plan.placement is not None and plan.placement.in_host
@@ -138,6 +139,13 @@ def test_without_accelerators_all_is_on_the_host(llama: Any) -> None:
     plan = plan_automatic(demand(llama, "spread", over=0), "auto", memory(host=64), 0.1)
     assert plan.device_map == {"": HOST} and plan.offloaded == 0
     assert plan.placement is not None and plan.placement.planned == {HOST: SEVEN}
+
+
+def test_the_first_device_is_spared_where_it_is_ones_own(llama: Any) -> None:
+    plan = plan_automatic(demand(llama), "balanced_low_0", memory(12, 12, 12), 0.1)
+    assert plan.rooms[GPU[0]].model < plan.rooms[GPU[1]].model / 2
+    with pytest.raises(PlacementError, match="balanced_low_0 spares cuda:0"):
+        inferred(llama, "balanced_low_0", {GPU[2]: 20 * GIB, GPU[3]: 20 * GIB})
 
 
 def test_devices_have_accelerates_names() -> None:
