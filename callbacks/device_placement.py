@@ -158,7 +158,7 @@ def _refuse_foreign(trainer: Any, named: Sequence[torch.device]) -> None:
             raise MisconfigurationException(
                 f"DevicePlacement names {', '.join(foreign)}, which process {place} of {trainer.world_size} does not "
                 "have to itself: a process's own devices are those from its first, in trainer.devices, up to the next "
-                "process's. editor_device null or spread and device_map auto, balanced or sequential take each one's own."
+                "process's. editor_device null or spread and device_map auto, balanced or sequential take its own."
             )
 
 

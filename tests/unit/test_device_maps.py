@@ -141,6 +141,19 @@ def test_without_accelerators_all_is_on_the_host(llama: Any) -> None:
     assert plan.placement is not None and plan.placement.planned == {HOST: SEVEN}
 
 
+def test_replicas_of_two_ranks_are_placed_alike(llama: Any) -> None:
+    """Ranks at cuda:0 and cuda:2: the same plan, two devices on."""
+    first = plan_automatic(demand(llama, "spread"), "auto", memory(12, 13), 0.1)
+    free = {GPU[2]: 12.0 * GIB, GPU[3]: 13.0 * GIB, HOST: 64.0 * GIB}
+    second = plan_automatic(Demand(llama, demand(llama).sites, NEEDS, "spread", GPU[2:]), "auto", free, 0.1)
+    assert {name: device.index + 2 for name, device in first.device_map.items()} == {
+        name: device.index for name, device in second.device_map.items()
+    }
+    assert first.placement is not None and second.placement is not None
+    places = [device.index for device in first.placement.device_of.values()]
+    assert [device.index - 2 for device in second.placement.device_of.values()] == places == [0, 1, 0, 1, 0, 1, 0]
+
+
 def test_the_first_device_is_spared_where_it_is_ones_own(llama: Any) -> None:
     plan = plan_automatic(demand(llama), "balanced_low_0", memory(12, 12, 12), 0.1)
     assert plan.rooms[GPU[0]].model < plan.rooms[GPU[1]].model / 2
