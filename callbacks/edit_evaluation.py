@@ -10,11 +10,11 @@ from stableedit_pl import ranks
 from stableedit_pl.curves import log_curves
 from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.encoding import chunks
-from stableedit_pl.errors import SettingError
+from stableedit_pl.errors import SettingError, require_choice
 from stableedit_pl.lower_outputs import LowerOutputs
 from stableedit_pl.record_encoding import EncodedRecord
 from stableedit_pl.results import write_results
-from stableedit_pl.scoring import KINDS, EditScores, RecordAnswers, ScoringRule
+from stableedit_pl.scoring import KINDS, EditScores, RecordAnswers, ScoringPrecision, ScoringRule
 from stableedit_pl.stream import EditStream
 
 
@@ -38,6 +38,8 @@ class EditEvaluation(Callback):
         also_score: further scoring rules for the final scores, listed beside the editor's own.
         reuse_megabytes: bound on the memory (CPU) in which outputs of the layers below the first site are kept. No edit
             changes them: a retained score then costs the layers above only. 0 runs all layers every time.
+        precision: ``bfloat16`` or ``float16``: base and retained scores are taken with matrix products of that dtype;
+            null takes them in the trainer's precision. A resumed run may change it.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class EditEvaluation(Callback):
         final: bool = True,
         also_score: list[ScoringRule] | None = None,
         reuse_megabytes: float = 1024.0,
+        precision: ScoringPrecision | None = None,
     ) -> None:
         """See the class.
 
@@ -60,6 +63,9 @@ class EditEvaluation(Callback):
             raise SettingError(f"EditEvaluation.sample_size must be at least 1, got {sample_size}")
         if reuse_megabytes < 0:
             raise SettingError(f"EditEvaluation.reuse_megabytes must be zero or positive, got {reuse_megabytes}")
+        if precision is not None:
+            require_choice("EditEvaluation.precision", precision, ScoringPrecision)
+        self.precision: ScoringPrecision | None = precision
         self.reuse_megabytes = reuse_megabytes
         self._lower = LowerOutputs(reuse_megabytes)
         self.every_n_turns = every_n_turns
@@ -97,11 +103,11 @@ class EditEvaluation(Callback):
         self._sampled = stream.sample(self.sample_size, self.seed)
         rows = ranks.own_part(self._sampled)
         records = stream.scored(rows)
-        with editor.base_weights():
+        with editor.scored_in(self.precision), editor.base_weights():
             base = editor.answer(records, lower=self._lower)
         self._sample = list(zip(rows, records, base, strict=True))
         if trainer.global_step == 0:
-            with editor.base_weights():
+            with editor.scored_in(self.precision), editor.base_weights():
                 scores = _mean_scores(editor, records, base, self._lower)
             log_curves(trainer, "editing", {f"base_{kind}": value for kind, value in scores.items()})
         self._state["evaluate_seconds"] += time.perf_counter() - started
@@ -135,7 +141,8 @@ class EditEvaluation(Callback):
         past = [(record, base) for row, record, base in self._sample if row in applied]
         if any(row in applied for row in self._sampled):
             records, base = [record for record, _ in past], [base for _, base in past]
-            scores = _mean_scores(editor, records, base, self._lower)
+            with editor.scored_in(self.precision):
+                scores = _mean_scores(editor, records, base, self._lower)
             log_curves(trainer, "editing", {f"retained_{kind}": value for kind, value in scores.items()})
             for kind, value in scores.items():
                 if value is not None:
@@ -153,7 +160,10 @@ class EditEvaluation(Callback):
         rows = list(applied) if self.final else [row for row in self._sampled if row in applied]
         rules: list[ScoringRule] = [editor.scoring, *(rule for rule in self.also_score if rule != editor.scoring)]
         rank_zero_info(f"Scoring {len(rows)} applied edits with the original and with the final weights ...")
-        by_rule = {rule: score_base_and_retained(editor, stream, rows, rule, self.reuse_megabytes) for rule in rules}
+        with editor.scored_in(self.precision):
+            by_rule = {
+                rule: score_base_and_retained(editor, stream, rows, rule, self.reuse_megabytes) for rule in rules
+            }
         self._state["evaluate_seconds"] += time.perf_counter() - started
         base, retained = by_rule[editor.scoring]
         count = self._state["at_edit_count"]
@@ -187,6 +197,7 @@ class EditEvaluation(Callback):
                 "at_edit": "each edit right after its own turn, mean over all target edits",
                 "retained": f"final weights, on {'all' if self.final else 'a fixed sample of'} {len(rows)} applied "
                 "target edits",
+                "precision": self.precision or f"the trainer's, {trainer.precision}",
             },
         )
 

@@ -13,7 +13,16 @@ from stableedit_pl.loading import ModelDtype, context_length, load_language_mode
 from stableedit_pl.lower_outputs import LowerOutputs
 from stableedit_pl.partial_forward import PartialForward
 from stableedit_pl.record_encoding import EncodedRecord, ScoredPiece
-from stableedit_pl.scoring import EditScores, RecordAnswers, Scorer, ScoringRule, answer_records, score_records
+from stableedit_pl.scoring import (
+    EditScores,
+    RecordAnswers,
+    Scorer,
+    ScoringPrecision,
+    ScoringRule,
+    answer_records,
+    autocast,
+    score_records,
+)
 from stableedit_pl.sites import Site, resolve_sites
 
 SpecificityReference = Literal["base_output", "stated_answer"]
@@ -62,6 +71,7 @@ class EditableModel(LightningModule):
         self.edits_loaded = False
         self._tokenizer: Any = None
         self._partial_forward: PartialForward | None = None
+        self._scoring_precision: ScoringPrecision | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -170,11 +180,20 @@ class EditableModel(LightningModule):
 
     @contextlib.contextmanager
     def forward_context(self) -> Iterator[None]:
-        """The trainer's precision for forward passes outside ``training_step``."""
+        """The trainer's precision for forward passes outside ``training_step``, or :meth:`scored_in`'s."""
         trainer = self._trainer
         precision = contextlib.nullcontext() if trainer is None else trainer.precision_plugin.forward_context()
-        with precision:
+        with precision, autocast(self._scoring_precision, self.device):
             yield
+
+    @contextlib.contextmanager
+    def scored_in(self, precision: ScoringPrecision | None) -> Iterator[None]:
+        """Have scores taken inside in a coarser dtype; None leaves them in the trainer's precision."""
+        self._scoring_precision = precision
+        try:
+            yield
+        finally:
+            self._scoring_precision = None
 
     def on_validation_epoch_start(self) -> None:
         """Start the scores of ``validate``."""

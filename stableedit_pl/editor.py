@@ -305,6 +305,7 @@ class LifelongEditor(EditableModel):
         """Add what identifies the run."""
         checkpoint["stableedit"] = {
             "fingerprint": self.fingerprint(),
+            "precision": str(self.trainer.precision),
             "committed_turns": self.state.committed_turns,
             "forked_from": self.forked_from,
             "rejected_turns": list(self.state.rejected_turns),
@@ -319,7 +320,11 @@ class LifelongEditor(EditableModel):
         """
         self.configure_model()
         stored = stored_identity(checkpoint)
-        refuse_differences("the checkpoint", stored["fingerprint"], self.fingerprint())
+        theirs, ours = dict(stored["fingerprint"]), self.fingerprint()
+        trainer = self._trainer  # none in load_from_checkpoint
+        if trainer is not None and trainer.training:  # captures depend on it; scores may be taken in any
+            theirs["precision"], ours["precision"] = stored["precision"], str(trainer.precision)
+        refuse_differences("the checkpoint", theirs, ours)
         self.state.committed_turns = stored["committed_turns"]
         self.state.rejected_turns = list(stored["rejected_turns"])
         self.state.update_norms = list(stored["update_norms"])

@@ -9,6 +9,7 @@ A prompt has one score; an edit's efficacy, generalization and specificity are t
 kind, and a stream's are the means over the edits that have such prompts.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from stableedit_pl.partial_forward import PartialForward
 from stableedit_pl.record_encoding import EncodedRecord
 
 ScoringRule = Literal["token_match", "exact_match", "greedy_match"]
+ScoringPrecision = Literal["bfloat16", "float16"]
 KINDS = ("efficacy", "generalization", "specificity")
 Ids = tuple[int, ...]
 
@@ -55,6 +57,11 @@ def match(answer: Ids, expected: Ids, rule: ScoringRule) -> float:
     if rule == "token_match":
         return sum(a == b for a, b in zip(answer, expected, strict=True)) / len(expected)
     return float(answer == expected)
+
+
+def autocast(precision: ScoringPrecision | None, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Matrix products of the forward passes inside in a coarser dtype; None leaves them as they are."""
+    return contextlib.nullcontext() if precision is None else torch.autocast(device.type, getattr(torch, precision))
 
 
 class Scorer:

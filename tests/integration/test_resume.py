@@ -15,7 +15,8 @@ from edit_runs import assert_same_state, curves, fit, ledger, results, saved_sta
 from tiny import LLAMA_SITE, WORDS, edit_rows, relative_difference, save_model, tiny_llama, word_tokenizer, write_stream
 
 from stableedit_pl.callbacks import EditEvaluation, StabilityMonitor, TurnCheckpoint, WarmUp
-from stableedit_pl.errors import IncompatibleCheckpoint
+from stableedit_pl.editor import LifelongEditor
+from stableedit_pl.errors import IncompatibleCheckpoint, SettingError
 from stableedit_pl.ledger import LedgerError
 from stableedit_pl.run_directory import RunDirectoryError
 
@@ -273,3 +274,32 @@ def test_a_checkpoint_holds_only_sites_and_moments(tmp_path: Path, llama_folder:
     assert names == {f"model.{LLAMA_SITE}.weight", *parts}
     assert json.dumps(results(tmp_path / "run"))
     assert not [name for name in os.listdir(tmp_path / "run/checkpoints") if name.endswith(".tmp")]
+
+
+def test_captures_keep_their_precision_and_scores_may_change_theirs(
+    tmp_path: Path, llama_folder: str, stream_file: str
+) -> None:
+    """Scores in bfloat16 are other scores, of the same edits."""
+    data, run = {"path": stream_file}, tmp_path / "run"
+    coarse = lambda precision: [EditEvaluation(2, 20, precision=precision)]  # noqa: E731
+    plain = fit(tmp_path / "plain", llama_folder, data, callbacks=coarse(None))
+    fit(run, llama_folder, data, callbacks=coarse(None), trainer={"max_steps": 3})
+    with pytest.raises(IncompatibleCheckpoint, match=r"precision +32-true +bf16-mixed"):
+        fit(run, llama_folder, data, trainer={"precision": "bf16-mixed"}, ckpt_path="last")
+    seen: list[torch.dtype] = []
+    real = LifelongEditor.answer
+
+    def answer(self: LifelongEditor, *args: Any, **kwargs: Any) -> Any:
+        with self.forward_context():
+            seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        return real(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LifelongEditor, "answer", answer)
+        resumed = fit(run, llama_folder, data, callbacks=coarse("bfloat16"), ckpt_path="last")
+    assert seen and set(seen) == {torch.bfloat16}
+    assert_same_state(resumed.state_dict(), plain.state_dict())
+    assert results(run)["measured"]["precision"] == "bfloat16"
+    assert results(tmp_path / "plain")["measured"]["precision"] == "the trainer's, 32-true"
+    with pytest.raises(SettingError, match=r"EditEvaluation.precision"):
+        EditEvaluation(precision="int8")  # type: ignore[arg-type]
