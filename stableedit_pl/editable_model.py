@@ -112,9 +112,11 @@ class EditableModel(LightningModule):
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move the model, unless its device map already placed it."""
+        """Move the model, unless its device map already placed it; a trainer's precision rounds it all the same."""
         if not self._placed:
             super().to(*args, **kwargs)
+        elif kwargs.get("dtype") is not None:
+            super().to(dtype=kwargs["dtype"])
         return self
 
     def cpu(self) -> Self:
