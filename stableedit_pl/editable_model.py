@@ -112,11 +112,21 @@ class EditableModel(LightningModule):
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move the model, unless its device map already placed it."""
-        if getattr(getattr(self, "model", None), "hf_device_map", None):
-            return self
-        super().to(*args, **kwargs)
+        """Move the model, unless its device map already placed it; a trainer's precision rounds it all the same."""
+        if not self._placed:
+            super().to(*args, **kwargs)
+        elif kwargs.get("dtype") is not None:
+            super().to(dtype=kwargs["dtype"])
         return self
+
+    def cpu(self) -> Self:
+        """What Lightning does when a verb ends; a placed model's hooks would still send its inputs to where it was."""
+        return self if self._placed else super().cpu()
+
+    @property
+    def _placed(self) -> bool:
+        # transformers leaves its mark on the model only where there is more than one device.
+        return bool(self.sites) and self.device_map is not None
 
     # ---- scoring
 

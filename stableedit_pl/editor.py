@@ -112,7 +112,7 @@ class LifelongEditor(EditableModel):
             raise SettingError(f"max_update_norm must be positive or null, got {max_update_norm}")
         self.bad_turns: BadTurns = bad_turns
         self.max_update_norm = max_update_norm
-        self.editor_device: torch.device | None = None
+        self.state_devices: Mapping[str, torch.device] = {}  # site name to where its state lives; absent: beside it
         self.start_from: Path | None = None
         self.forked_from: str | None = None
         self.report: TurnReport | None = None
@@ -130,12 +130,14 @@ class LifelongEditor(EditableModel):
         """
         if not self.sites:
             super().configure_model()
+            for site in self.sites:
+                site.master_device = self.state_devices.get(site.name)
             self.state = EditorState(LNStatistics.empty(self.sites, self.statistics_scope))
             self._base_digest = base_model_digest(self.model.config, self.sites)
 
     def place_state(self) -> None:
-        """Put moments and master weights where the algebra happens: beside each site, or on ``editor_device``."""
-        devices = {site.name: self.editor_device or site.weight.device for site in self.sites}
+        """Put moments and master weights where the algebra happens: as in ``state_devices``, or beside each site."""
+        devices = {site.name: self.state_devices.get(site.name, site.weight.device) for site in self.sites}
         placed = LNStatistics.empty(self.sites, self.statistics_scope, devices)
         self.state.statistics = placed.loaded(self.state.statistics.tensors(), "this run")
         for site in self.sites:

@@ -6,6 +6,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
+from stableedit_pl.rank_devices import foreign_devices
 from stableedit_pl.rank_strategy import RankStrategy
 
 
@@ -69,9 +70,10 @@ def _rules(trainer: Any) -> list[tuple[bool, str]]:
             "DevicePlacement to spread a model over several devices).",
         ),
         (
-            trainer.world_size > 1 and getattr(trainer.lightning_module, "device_map", None) is not None,
-            "DevicePlacement.device_map spreads one model over devices that the other processes use as well; set "
-            "trainer.devices to 1, or leave out the device_map.",
+            bool(shared := _shared_devices(trainer)),
+            f"the device map puts parts of the model on {', '.join(shared)}, which other processes use as well; use "
+            "DevicePlacement.device_map auto, balanced or sequential, with trainer.devices naming the first device of "
+            "each process ([0, 4]: four each), or set trainer.devices to 1.",
         ),
         (
             any(callback.save_on_exception for callback in checkpoints)
@@ -80,6 +82,16 @@ def _rules(trainer: Any) -> list[tuple[bool, str]]:
             "lines; leave them out, TurnCheckpoint saves completed turns.",
         ),
     ]
+
+
+def _shared_devices(trainer: Any) -> list[str]:
+    """Devices in the model's map that are not this process's own; an automatic map takes them all."""
+    device_map = getattr(trainer.lightning_module, "device_map", None)
+    if device_map is None or trainer.world_size == 1:
+        return []
+    if isinstance(device_map, str) and not device_map.startswith(("cpu", "cuda", "mps")):
+        return [f"every device ({device_map})"]
+    return foreign_devices(trainer, device_map.values() if isinstance(device_map, dict) else [device_map])
 
 
 def _all_batches(limit: int | float | None) -> bool:

@@ -66,6 +66,30 @@ def load_language_model(base_model: str, model_dtype: str = "auto", device_map: 
     return model.eval().requires_grad_(False)
 
 
+def load_skeleton(base_model: str, model_dtype: str = "auto") -> Any:
+    """The causal language model on the ``meta`` device: shapes and names from its configuration, no weights.
+
+    Args:
+        base_model: folder, hub id or ``demo``.
+        model_dtype: as in :func:`load_language_model`; ``auto`` is what the configuration states, or float32.
+
+    Raises:
+        LoadingError: if there is no configuration, or none of a causal language model.
+    """
+    source = resolve_base_model(base_model)
+    _check_folder(base_model, source)
+    require_choice("model_dtype", model_dtype, ModelDtype)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        dtype = _DTYPES.get(model_dtype) or config.get_text_config().dtype or torch.float32
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError) as error:
+        raise LoadingError(f"cannot load the configuration of base_model {base_model!r}: {error}") from error
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
 def context_length(base_model: str) -> int | None:
     """Longest input in tokens by the base model's configuration; None if it states none."""
     source = resolve_base_model(base_model)

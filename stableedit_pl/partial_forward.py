@@ -73,7 +73,7 @@ class PartialForward:
     @property
     def device(self) -> torch.device:
         """Where the model takes its tokens."""
-        return next(self.model.parameters()).device  # type: ignore[no-any-return]
+        return _entrance(self.model)
 
     def logits(self, batch: Batch, lower: Tensor | None = None) -> Tensor:
         """Logits at the answer tokens.
@@ -210,7 +210,12 @@ def _specimen(model: Any) -> Batch:
         )
         for text in texts
     ]
-    return collate(encodings, 0, next(model.parameters()).device)
+    return collate(encodings, 0, _entrance(model))
+
+
+def _entrance(model: Any) -> torch.device:
+    """Where the first parameter is; those that accelerate keeps in host memory are nowhere between passes."""
+    return next(parameter.device for parameter in model.parameters() if not parameter.is_meta)  # type: ignore[no-any-return]
 
 
 def _same(run: Any, expected: Tensor) -> bool:

@@ -116,6 +116,9 @@ def draft_turn(
 ) -> TurnDraft:
     """Compute a turn without writing anything, and without waiting for the device.
 
+    Sites on several accelerators are solved at the same time: the host queues the work of each site where its moments
+    are and goes on to the next. Sites whose moments are in host memory come last, since the host does those itself.
+
     Args:
         captured: every site's rows of this turn.
         statistics: LN statistics before the turn.
@@ -124,7 +127,8 @@ def draft_turn(
         solve: solves the sites' problems.
     """
     # The algebra happens where the moments live, which need not be the model's device.
-    captured = {name: statistics.beside_moments(name, rows) for name, rows in captured.items()}
+    names_in_order = list(captured)
+    captured = {name: statistics.beside_moments(name, captured[name]) for name in statistics.host_last(captured)}
     faults = [
         (f"keys or value gradients of site {name} are not finite", all_finite(values))
         for name, rows in captured.items()
@@ -143,7 +147,7 @@ def draft_turn(
             (f"site {name}: {unsolvable(solution.update, settings.ridge)}", solution.failed == 0)
             for name, solution in solutions.items()
         ]
-    updates = {name: solutions[name].update for name in captured if name in solutions}
+    updates = {name: solutions[name].update for name in names_in_order if name in solutions}
     solvers = {name: solution.solver for name, solution in solutions.items() if solution.solver is not None}
     return TurnDraft(after, updates, solvers, faults, {name: update.norm() for name, update in updates.items()})
 

@@ -12,7 +12,7 @@ from stableedit_pl.encoding import Encoding
 from stableedit_pl.micro_batches import MicroBatches
 from stableedit_pl.partial_forward import PartialForward
 from stableedit_pl.sites import Site
-from stableedit_pl.statistics import Rows
+from stableedit_pl.statistics import Rows, moved
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,18 @@ def capture_together(
     answers = [len(encoding.target_ids) for encoding in encodings]
     counts = [sum(answers[i] for i in one.members) for one in shares]
     owners = [i for one in shares for i in one.members for _ in range(answers[i])]
-    # One collective for all sites: they are on one device, where several processes run.
     parts = [part for site in sites for part in (captured.rows[site.name].keys, captured.rows[site.name].gradients)]
     widths = [part.shape[1] for part in parts]
-    together = ranks.gather_rows(torch.cat(parts, dim=1), counts)
+    # One collective for all sites: those of a placed model meet where collectives are.
+    devices = {part.device for part in parts}
+    meeting = ranks.device() if len(devices) > 1 else devices.pop()
+    together = ranks.gather_rows(torch.cat([moved(part, meeting) for part in parts], dim=1), counts)
     ordered = torch.split(together[_order(owners, together.device)], widths, dim=1)
     rows = {
-        site.name: Rows(ordered[2 * place].contiguous(), ordered[2 * place + 1].contiguous())
+        site.name: Rows(
+            moved(ordered[2 * place].contiguous(), parts[2 * place].device),
+            moved(ordered[2 * place + 1].contiguous(), parts[2 * place + 1].device),
+        )
         for place, site in enumerate(sites)
     }
     return Captured(rows, gather_edits(captured.measured.T, shares).T.contiguous(), captured.passes), shares

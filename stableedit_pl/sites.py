@@ -30,9 +30,12 @@ class Site:
         module: the ``Linear`` or ``Conv1D``.
         d_in: width of the keys.
         d_out: width of the value gradients.
-        original: the weight as loaded from the base model, on the CPU, in the weight's layout and dtype.
+        original: the weight as loaded from the base model, on the CPU, in the weight's layout and dtype; on
+            ``meta`` where the model is.
         master: float32 copy of the weight that accumulates updates when the model's own dtype is too coarse,
             in the weight's layout; None when the weight is updated itself.
+        master_device: where a loaded master goes, so that a resumed run needs no more memory than a new one; None:
+            beside the weight.
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
@@ -64,8 +67,9 @@ class Site:
         self.module = module
         self.transposed = isinstance(module, Conv1D)
         self.d_in, self.d_out = weight.shape if self.transposed else weight.shape[::-1]
-        self.original = weight.detach().to("cpu", copy=True)
+        self.original = weight.detach().to("meta" if weight.is_meta else "cpu", copy=True)
         self.master: Tensor | None = None
+        self.master_device: torch.device | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -98,7 +102,8 @@ class Site:
         A float32 state stays in the master even where the weight is float32 now: the trainer's precision may
         make the weight coarser afterwards.
         """
-        self.master = state.to(device=self.weight.device, copy=True) if state.dtype == torch.float32 else None
+        where = self.weight.device if self.master_device is None else self.master_device
+        self.master = state.to(device=where, copy=True) if state.dtype == torch.float32 else None
         self.weight.copy_(state)
 
     @torch.no_grad()

@@ -75,7 +75,16 @@ class LNStatistics:
     def beside_moments(self, site: str, rows: Rows) -> Rows:
         """A site's rows on the device of its moments."""
         scope = self.scope_of[site]
-        return Rows(rows.keys.to(self.keys[scope].mean.device), rows.gradients.to(self.gradients[scope].mean.device))
+        return Rows(
+            moved(rows.keys, self.keys[scope].mean.device), moved(rows.gradients, self.gradients[scope].mean.device)
+        )
+
+    def host_last(self, sites: Iterable[str]) -> list[str]:
+        """Sites in the order in which their work is best given out: those whose moments are on the host come last.
+
+        Work on an accelerator is queued and goes on by itself, that on the host holds up whatever comes after it.
+        """
+        return sorted(sites, key=lambda site: self.keys[self.scope_of[site]].mean.device.type == "cpu")
 
     def updated(self, captured: Mapping[str, Rows]) -> "LNStatistics":
         """Statistics that also include a turn's rows of every site."""
@@ -136,3 +145,8 @@ class LNStatistics:
             }
 
         return LNStatistics(self.scope_of, group("keys", self.keys), group("value_gradients", self.gradients))
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device, without waiting where that is safe: what comes to the host must have arrived to be read."""
+    return tensor.to(device, non_blocking=device.type != "cpu")

@@ -166,6 +166,22 @@ class EditStream(LightningDataModule):
         lost = {row for slot in slots if slot.phase == "edit" for row in slot.rows}
         return [row for row in applied if row not in lost] if lost else applied
 
+    def turn_rows(self, looked_at: int = 30) -> int:
+        """Answer tokens of a turn: of the largest among some turns of either stream, evenly spaced.
+
+        Args:
+            looked_at: turns of each stream whose edits are encoded; all, where there are no more.
+        """
+        largest = 0
+        warmup_file = self.target_file if self.warmup_path is None else self._file(self.warmup_path, "warmup")
+        for records, file in ((self.target, self.target_file), (self.warmup, warmup_file)):
+            starts = range(0, len(records), self.turn_size)
+            encoder = self._record_encoder(file)
+            for start in starts[:: -(-len(starts) // looked_at) or 1]:
+                turn = records[start : start + self.turn_size]
+                largest = max(largest, sum(len(encoder(record).target_ids) for record in turn))
+        return largest
+
     def checksums(self) -> dict[str, str]:
         """SHA-256 of the target file, and of the warm-up file where there is one."""
         files = {"path": self.target_file}

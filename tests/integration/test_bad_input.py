@@ -93,6 +93,8 @@ CONFIGS: list[tuple[str, list[str], int, list[str]]] = [
     ("a run directory below a file", ["--run_dir=/dev/null/run"], 1, ["/dev/null/run", "cannot be written"]),
     ("a device that is not there", ["--trainer.callbacks+=DevicePlacement",
      "--trainer.callbacks.editor_device=cuda:9"], 1, ["no such device here"]),
+    ("an editor that does not fit", ["--trainer.callbacks+=DevicePlacement",
+     "--trainer.callbacks.turn_rows=1000000000"], 1, ["no room for the editor's state", "missing", "data.turn_size"]),
 ]  # fmt: skip
 
 

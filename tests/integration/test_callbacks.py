@@ -14,14 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import LLAMA_SITE, edit_rows, write_stream
 
 from stableedit_pl.callbacks import (
-    DevicePlacement,
     EditEvaluation,
     StabilityMonitor,
     StatisticsCheckpoint,
     TurnCheckpoint,
     WarmUp,
 )
-from stableedit_pl.callbacks.device_placement import existing_device
 from stableedit_pl.callbacks.statistics_checkpoint import describe_statistics
 from stableedit_pl.errors import SettingError
 from stableedit_pl.partial_forward import PartialForward
@@ -280,31 +278,7 @@ def test_checkpoints_are_pruned_and_last_is_the_newest(tmp_path: Path, llama_fol
     assert len(list((tmp_path / "timed/checkpoints").glob("turn=*.ckpt"))) == 6  # position 0, then each turn
 
 
-# ---- DevicePlacement
-
-
-def test_devices_that_do_not_exist_are_refused_before_anything_is_loaded(
-    tmp_path: Path, llama_folder: str, stream_file: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from stableedit_pl import editable_model
-
-    monkeypatch.setattr(editable_model, "load_language_model", lambda *a, **k: pytest.fail("the model was loaded"))
-    for settings, named in (
-        ({"editor_device": "cuda:7"}, "editor_device=cuda:7"),
-        ({"device_map": {"model.layers.0": "cuda:9", "": "cpu"}}, r"device_map\['model.layers.0'\]=cuda:9"),
-        ({"device_map": "evenly"}, "device_map=evenly"),
-    ):
-        with pytest.raises(MisconfigurationException, match=f"{named}: no such device here; there is cpu"):
-            fit(tmp_path / "run", llama_folder, {"path": stream_file}, callbacks=[DevicePlacement(**settings)])
-    assert existing_device("here", "cpu") == torch.device("cpu")
-
-
-def test_a_placed_model_and_editor_give_the_same_weights(tmp_path: Path, llama_folder: str, stream_file: str) -> None:
-    """Loaded through a device map, with the editor's device named, the weights are those of a plain run."""
-    plain = fit(tmp_path / "plain", llama_folder, {"path": stream_file})
-    placement = DevicePlacement(editor_device="cpu", device_map={"": "cpu"})
-    placed = fit(tmp_path / "placed", llama_folder, {"path": stream_file}, callbacks=[placement])
-    assert_same_state(plain.state_dict(), placed.state_dict())
+# ---- all of them together
 
 
 def test_memory_does_not_grow_with_turns(tmp_path: Path, llama_folder: str) -> None:

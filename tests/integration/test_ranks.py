@@ -154,6 +154,34 @@ def test_two_processes_end_where_one_does(
     assert results(tmp_path / "two")["settings"]["processes"] == 2
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"device_map": {"": "cpu"}}, {"device_map": "auto", "editor_device": "spread"}, {"device_map": "cpu"}],
+    ids=str,
+)
+def test_two_placed_replicas_end_where_one_whole_model_does(
+    tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """Each process loads its replica through a device map of its own devices; on the CPU that is the host for both."""
+    alone(monkeypatch, arguments(config, tmp_path / "one"))
+    placement = tmp_path / "placement.yaml"
+    callback = {"class_path": "DevicePlacement", "init_args": settings}
+    placement.write_text(yaml.safe_dump({"trainer": {"callbacks+": [callback]}}))
+    done = together(arguments(config, tmp_path / "two", f"--config={placement}", *ddp(2)))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "two", tmp_path / "one", weights_at(tmp_path / "one", 0))
+    assert results(tmp_path / "two")["settings"]["processes"] == 2
+
+
+def test_a_placement_that_one_rank_refuses_stops_both(tmp_path: Path, config: Path) -> None:
+    """Said once by each, before any model is loaded, and no run directory is left half begun."""
+    given = ["--trainer.callbacks+=DevicePlacement", "--trainer.callbacks.turn_rows=1000000000"]
+    stopped = together(arguments(config, tmp_path / "run", *given, *ddp(2)))
+    assert stopped.returncode == 1, stopped.stderr
+    assert "There is no room for the editor's state of 2 sites (1000000000 answer tokens a turn" in stopped.stderr
+    assert "Traceback" not in stopped.stderr and "Loading weights" not in stopped.stderr
+
+
 def test_four_processes_and_whole_micro_batches(tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loss averaged over micro-batches: three a turn, so that a rank of four has none."""
     method = "--model.loss_reduction=micro_batch_mean"

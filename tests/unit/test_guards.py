@@ -121,11 +121,22 @@ def test_ranks_may_share_a_stream_but_not_split_it() -> None:
     assert "shuffle and split the stream" in line
 
 
-def test_ranks_and_a_device_map_exclude_each_other() -> None:
+@pytest.mark.parametrize(
+    ("device_map", "shared"),
+    [("auto", "every device (auto)"), ({"": "cpu", "lm_head": 1}, "cuda:1"), ("cuda:3", "cuda:3"), ("cpu", None)],
+)
+def test_ranks_spread_their_models_over_their_own_devices_only(device_map: Any, shared: str | None) -> None:
     made = trainer(devices=2, strategy=RankStrategy())
-    made.strategy._lightning_module = SimpleNamespace(device_map="auto")
+    made.strategy._lightning_module = SimpleNamespace(device_map=device_map)
+    if shared is None:
+        check_trainer(made)
+        return
     (line,) = refusals(made)
+    assert f"parts of the model on {shared}, which other processes use as well" in line
     assert "DevicePlacement.device_map" in line and "trainer.devices to 1" in line
+    alone = trainer()
+    alone.strategy._lightning_module = SimpleNamespace(device_map=device_map)
+    check_trainer(alone)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "auto"])

@@ -22,10 +22,10 @@ LAYERS = [
     ["results"],
     ["editor", "stream"],
     ["loaders"],
-    ["editable_model", "report", "curves", "guards", "checkpoint_io"],
-    ["closed_form", "scoring", "shares", "division", "compatibility", "loading", "saved_state"],
+    ["editable_model", "report", "curves", "guards", "checkpoint_io", "device_maps"],
+    ["closed_form", "scoring", "shares", "division", "compatibility", "loading", "saved_state", "placement"],
     ["capture", "planning", "memory", "turns", "record_encoding"],
-    ["partial_forward", "lower_outputs", "rank_strategy", "method"],
+    ["partial_forward", "lower_outputs", "rank_strategy", "rank_devices", "method"],
     ["statistics", "normalization", "sites", "encoding", "readers", "row_digest", "ledger"],
     ["checkpoint_file", "results_file", "front_page", "screen"],
     [
@@ -68,7 +68,7 @@ TORCH = {
     ),
     *("inverse_root", "workspace", "memory", "encoding", "moments", "loaders", "verify", "saved_state"),
     *("partial_forward", "lower_outputs", "checkpoint_file", "ranks", "rank_strategy", "shares", "method"),
-    *("division",),
+    *("division", "placement", "device_maps", "rank_devices"),
 }
 """Who may import what; everything else is for the standard library and this package alone."""
 

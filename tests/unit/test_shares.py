@@ -5,8 +5,13 @@ import torch
 from torch import nn
 
 from stableedit_pl import ranks
+from stableedit_pl import shares as shares_module
+from stableedit_pl.capture import Captured
+from stableedit_pl.encoding import IGNORED, Encoding
 from stableedit_pl.micro_batches import by_length, in_order
-from stableedit_pl.shares import Share, divide
+from stableedit_pl.shares import Share, capture_together, divide
+from stableedit_pl.sites import Site
+from stableedit_pl.statistics import Rows
 from stableedit_pl.trainer import _interleaved
 
 LENGTHS = [3, 9, 4, 4, 12, 7, 5, 3, 9, 8, 6, 5, 30]
@@ -37,6 +42,54 @@ def test_tokens_are_divided_evenly() -> None:
     shares = divide(by_length(lengths, 256), lengths, 4, whole=False)
     tokens = [sum(lengths[i] for i in share.members) for share in shares]
     assert max(tokens) - min(tokens) <= 2 * max(lengths)
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says it is on a second device."""
+
+    device = property(lambda self: torch.device("cuda", 1))  # type: ignore[assignment]
+
+
+def test_rows_of_a_placed_model_meet_and_go_back_to_their_sites(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks, two sites on two devices: one collective where collectives are, and the turn's order at each site."""
+    sites = [Site("a", nn.Linear(3, 2)), Site("b", nn.Linear(3, 2))]
+    encodings = [Encoding((1, 2), (IGNORED, 5), 1) for _ in range(4)]
+    turn = {name: Rows(torch.rand(4, 3), torch.rand(4, 2)) for name in "ab"}
+    shares = divide(((0, 2), (1, 3)), [2] * 4, 2, whole=True)
+    moves: list[str] = []
+
+    def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        moves.append(f"{tensor.device} > {device}")
+        return tensor.as_subclass(Elsewhere if device.type == "cuda" else torch.Tensor)
+
+    def captured(rank: int) -> Captured:
+        own = list(shares[rank].members)
+        rows = {name: Rows(turn[name].keys[own], turn[name].gradients[own]) for name in "ab"}
+        rows["b"] = Rows(rows["b"].keys.as_subclass(Elsewhere), rows["b"].gradients.as_subclass(Elsewhere))
+        return Captured(rows, torch.tensor([own, own], dtype=torch.float32))
+
+    def gather_rows(own: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        assert own.device == torch.device("cpu") and counts == [2, 2]
+        if own.shape[1] == 2:  # what was measured
+            return torch.cat([captured(rank).measured.T for rank in range(2)])
+        every = [captured(rank).rows for rank in range(2)]
+        parts = [torch.cat([r["a"].keys, r["a"].gradients, *(x.as_subclass(torch.Tensor) for x in
+                 (r["b"].keys, r["b"].gradients))], dim=1) for r in every]  # fmt: skip
+        assert torch.equal(own, parts[1])
+        return torch.cat(parts)
+
+    for name, fake in {"world": lambda: 2, "rank": lambda: 1, "device": lambda: torch.device("cpu")}.items():
+        monkeypatch.setattr(ranks, name, fake)
+    monkeypatch.setattr(ranks, "gather_rows", gather_rows)
+    monkeypatch.setattr(shares_module, "moved", moved)
+    monkeypatch.setattr(shares_module, "capture", lambda *_: captured(1))
+    found, _ = capture_together(None, sites, encodings, ((0, 2), (1, 3)), 0, "micro_batch_mean")  # type: ignore[arg-type]
+    for name, device in (("a", "cpu"), ("b", "cuda:1")):
+        assert str(found.rows[name].keys.device) == str(found.rows[name].gradients.device) == device
+        assert torch.equal(found.rows[name].keys.as_subclass(torch.Tensor), turn[name].keys)
+        assert torch.equal(found.rows[name].gradients.as_subclass(torch.Tensor), turn[name].gradients)
+    assert moves == ["cpu > cpu"] * 2 + ["cuda:1 > cpu"] * 2 + ["cpu > cpu"] * 2 + ["cpu > cuda:1"] * 2
+    assert found.measured[0].tolist() == [0, 1, 2, 3]
 
 
 def test_pieces_divided_by_rank_come_back_in_order() -> None:

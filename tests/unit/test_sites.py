@@ -326,6 +326,15 @@ def test_load_replaces_a_master_that_is_already_there() -> None:
     assert torch.equal(site.weight, torch.ones(3, 5, dtype=torch.bfloat16))
 
 
+def test_a_loaded_master_goes_where_state_will_live() -> None:
+    """Not beside the weight first: a resumed run has no room there that a new one did not need."""
+    site = Site("m", nn.Linear(3, 2).bfloat16())
+    site.master_device = torch.device("meta")
+    site.load(torch.ones(2, 3))
+    assert site.master is not None and site.master.is_meta
+    assert torch.equal(site.weight, torch.ones(2, 3).bfloat16())
+
+
 def test_load_refuses_another_shape() -> None:
     with pytest.raises(RuntimeError):
         linear().load(torch.ones(5, 3))

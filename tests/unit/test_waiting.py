@@ -1,6 +1,6 @@
 """The host waits for the device once in a turn's algebra: when the finished draft is read."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,10 +13,10 @@ from transformers.pytorch_utils import Conv1D
 from stableedit_pl import planning
 from stableedit_pl.capture import Captured
 from stableedit_pl.closed_form import ClosedFormEdit, EditorState, StepInput
-from stableedit_pl.method import MethodSettings
+from stableedit_pl.method import MethodSettings, Problem, Solution, solve_all
 from stableedit_pl.planning import BadTurn, draft_turn, read_tensors
 from stableedit_pl.sites import Site
-from stableedit_pl.statistics import LNStatistics, Rows
+from stableedit_pl.statistics import LNStatistics, Rows, moved
 
 WAITS = ["tolist", "item", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__"]
 
@@ -120,6 +120,39 @@ def test_a_draft_and_its_commit_need_no_numbers_at_all(settings: MethodSettings,
         site.add(update, workspace)
     with pytest.raises(RuntimeError, match="meta"):
         draft.read()  # negative control: this is what a look at the numbers does
+
+
+def test_sites_on_several_devices_are_queued_before_the_host_begins() -> None:
+    """Accelerators (here ``meta``, where a look at a number fails) get their work first; the host's is the same."""
+    sites = some_sites()
+    rows = some_rows(sites)
+    expected = draft_turn(rows, LNStatistics.empty(sites, "site"), MethodSettings())
+    placed = LNStatistics.empty(sites, "site", {"b": torch.device("meta")})
+    order: list[str] = []
+
+    def solve(problems: Sequence[Problem]) -> Mapping[str, Solution]:
+        order.extend(name for problem in problems for name in problem.rows)
+        return solve_all(problems)
+
+    draft = draft_turn(rows, placed, MethodSettings(), solve=solve)
+    assert order == ["b", "a", "c"] and list(draft.updates) == ["a", "b", "c"] == list(draft.norms)
+    assert draft.norms["b"].device.type == "meta" and draft.updates["b"].right.device.type == "meta"
+    for name in ("a", "c"):
+        assert torch.equal(draft.updates[name].right, expected.updates[name].right)
+
+
+def test_only_what_goes_to_an_accelerator_goes_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy to the host that did not wait could be read before it has come."""
+    asked: list[tuple[str, bool]] = []
+
+    def to(self: Tensor, device: torch.device, non_blocking: bool) -> Tensor:
+        asked.append((device.type, non_blocking))
+        return self
+
+    monkeypatch.setattr(Tensor, "to", to)
+    moved(torch.ones(1), torch.device("cuda", 1))
+    moved(torch.ones(1), torch.device("cpu"))
+    assert asked == [("cuda", True), ("cpu", False)]
 
 
 def test_a_look_at_a_number_is_counted() -> None:
