@@ -23,11 +23,13 @@ LAYERS = [
     ["editor", "stream"],
     ["loaders"],
     ["editable_model", "report", "curves", "guards", "checkpoint_io"],
-    ["closed_form", "scoring", "shares", "compatibility", "loading", "saved_state"],
+    ["closed_form", "scoring", "shares", "compatibility", "loading", "saved_state", "sharded_strategy"],
     ["capture", "planning", "memory", "turns", "record_encoding"],
     ["partial_forward", "lower_outputs", "rank_strategy"],
     ["statistics", "normalization", "sites", "encoding", "readers", "row_digest", "ledger"],
-    ["checkpoint_file", "results_file", "front_page", "screen"],
+    ["checkpoint_file", "results_file", "front_page", "screen", "sharding"],
+    ["lockstep"],
+    ["weight_shards"],
     [
         "moments",
         "inverse_root",
@@ -49,7 +51,7 @@ LAYER = {module: depth for depth, layer in enumerate(LAYERS) for module in layer
 
 LIGHTNING = {
     *("edit_cli", "trainer", "callbacks", "results", "editor", "stream", "editable_model", "curves", "guards"),
-    *("checkpoint_io", "rank_strategy"),
+    *("checkpoint_io", "rank_strategy", "sharded_strategy"),
 }
 TRANSFORMERS = {"loading", "scoring", "sites"}
 TORCH = {
@@ -57,6 +59,7 @@ TORCH = {
     *("compatibility", "loading", "capture", "planning", "turns", "statistics", "normalization", "ridge", "sites"),
     *("inverse_root", "workspace", "memory", "encoding", "moments", "loaders", "verify", "saved_state"),
     *("partial_forward", "lower_outputs", "checkpoint_file", "ranks", "rank_strategy", "shares"),
+    *("sharding", "sharded_strategy", "weight_shards", "lockstep"),
 }
 """Who may import what; everything else is for the standard library and this package alone."""
 
