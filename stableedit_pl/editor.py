@@ -120,9 +120,11 @@ class LifelongEditor(EditableModel):
         Raises:
             LoadingError: if the model cannot be loaded.
             SiteError: if a pattern names nothing that can be edited.
+            ShardingError: if the strategy divides models over ranks, and this one cannot be, or is loaded whole.
         """
-        if not self.sites:
-            super().configure_model()
+        known = bool(self.sites)
+        super().configure_model()
+        if not known:
             self.state = EditorState(LNStatistics.empty(self.sites, self.statistics_scope))
             self._base_digest = base_model_digest(self.model.config, self.sites)
 

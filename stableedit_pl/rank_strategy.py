@@ -63,6 +63,7 @@ class WatchedRanks(ParallelStrategy):
             ranks.watch_with(self._watch)
 
     def _meet(self) -> None:
+        ranks.team_up([])  # not when the ranks part: predictions are gathered after that
         super().setup_environment()
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:

@@ -70,11 +70,6 @@ class ShardedStrategy(WatchedRanks, ModelParallelStrategy):
         teams = self._device_mesh.mesh.tolist() if tensor > 1 else []
         ranks.team_up(teams, self._device_mesh["tensor_parallel"].get_group())
 
-    def teardown(self) -> None:
-        """Part from the others."""
-        ranks.team_up([])
-        super().teardown()
-
     # ---- checkpoints: one file, as the editor writes it, instead of Lightning's own way with sharded models
 
     @property

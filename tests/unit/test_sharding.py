@@ -1,0 +1,147 @@
+"""Dividing a model over ranks: nothing of it changes, no rank has it whole, and what cannot be divided is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from allocations import largest_bytes
+from gloo_ranks import in_ranks
+from tiny import edit_rows, save_model, tiny_gpt2, tiny_llama, word_tokenizer, write_stream
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import AutoModelForCausalLM, MixtralConfig
+
+from stableedit_pl import LifelongEditor, ranks, workspace
+from stableedit_pl.closed_form import ClosedFormEdit, EditorState, StepInput
+from stableedit_pl.encoding import Encoder
+from stableedit_pl.lockstep import gathered_for_forward, in_step
+from stableedit_pl.partial_forward import PartialForward
+from stableedit_pl.planning import MethodSettings
+from stableedit_pl.readers import read_records
+from stableedit_pl.sharding import ShardingError, _blocks, _tensor_parallel_styles, shard_model
+from stableedit_pl.shares import capture_together
+from stableedit_pl.sites import Site
+from stableedit_pl.statistics import LNStatistics
+from stableedit_pl.weight_shards import local
+
+SITE = "model.layers.1.mlp.down_proj"
+
+
+def model_of(kind: str) -> Any:
+    if kind == "gpt2":
+        return tiny_gpt2()
+    return tiny_llama(hidden=18, intermediate=34, layers=3, kv_heads=2, head_dim=6, tied=kind == "tied llama")
+
+
+def same_logits(mesh: DeviceMesh, kind: str) -> None:
+    whole, model = model_of(kind), model_of(kind)
+    names = {name: parameter.numel() for name, parameter in whole.named_parameters()}
+    shard_model(model, mesh, [SITE])
+    tokens = torch.arange(3, 17).reshape(2, 7)
+    with torch.no_grad():
+        difference = (model(input_ids=tokens).logits - whole(input_ids=tokens).logits).abs().max()
+    assert difference <= (2e-5 if mesh["tensor_parallel"].size() > 1 else 0.0)
+    assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
+    if mesh["data_parallel"].size() > 1:  # every number lies on one rank, or on as many as a team has
+        held = {name: local(parameter).numel() for name, parameter in model.named_parameters()}
+        total = sum(sum(one.values()) for one in ranks.gather(held))
+        assert sum(names.values()) <= total <= mesh["tensor_parallel"].size() * sum(names.values())
+        assert gathered_for_forward(model)
+
+
+@pytest.mark.parametrize(
+    ("data", "tensor", "kind"), [(2, 1, "gpt2"), (2, 1, "tied llama"), (1, 2, "tied llama"), (2, 2, "llama")]
+)
+def test_a_divided_model_says_the_same(data: int, tensor: int, kind: str) -> None:
+    in_ranks(data, tensor, same_logits, kind)
+
+
+def turn_of(mesh: DeviceMesh, stream: str) -> None:
+    """The largest piece of memory that a turn takes, beside the size of its site."""
+    workspace.BLOCK_BYTES = 2**14  # as at full size, where a block is a fraction of a site
+    model = tiny_llama(hidden=64, intermediate=1024, kv_heads=2)
+    whole = model.get_submodule(SITE).weight.numel() * 4
+    shard_model(model, mesh, [SITE])
+    sites = [Site(SITE, model.get_submodule(SITE))]
+    assert sites[0].state.numel() * mesh.size() * 4 == whole
+    encoder = Encoder(word_tokenizer())
+    encodings = [encoder.encode(record.prompt, record.target) for record in read_records("edits", stream)]
+    given: list[StepInput] = []
+    step = ClosedFormEdit(sites, EditorState(LNStatistics.empty(sites, "site")), given.pop)
+
+    def capture() -> None:
+        rows, _ = capture_together(PartialForward(model), sites, encodings, ((0, 1), (2, 3), (4, 5)), 0, "token_sum")
+        given.append(StepInput(rows, MethodSettings(step_size=1e-2, ridge=1.0), True))
+
+    taken = largest_bytes(capture)
+    if gathered_for_forward(model):
+        assert taken >= whole, "FSDP2 gathers a layer for its forward pass: the measure would notice a site"
+    else:
+        assert taken < whole / 2
+    assert largest_bytes(lambda: step.step(lambda: torch.tensor(1.0))) < whole / 2
+    assert step.last is not None and step.last.plan.norms[SITE] > 0
+
+
+@pytest.mark.parametrize(("data", "tensor"), [(1, 2), (2, 1)])
+def test_no_rank_ever_holds_a_whole_site_but_in_fsdps_forward(tmp_path: Path, data: int, tensor: int) -> None:
+    in_ranks(data, tensor, turn_of, write_stream(tmp_path / "edits.jsonl", edit_rows(6)))
+
+
+def different_numbers(mesh: DeviceMesh) -> None:
+    """Rank 0 has five passes to run, rank 1 two, and then none at all."""
+    model = model_of("llama")
+    shard_model(model, mesh, [SITE])
+    expected = model_of("llama")
+    for own in ((5, 2), (0, 1), (0, 0)):
+        with in_step(model):
+            for number in range(own[ranks.rank()]):
+                tokens = torch.arange(3, 6 + number).unsqueeze(0)
+                with torch.no_grad():
+                    got = model(input_ids=tokens).logits
+                assert torch.equal(got, expected(input_ids=tokens).logits)
+
+
+def test_ranks_may_run_different_numbers_of_passes() -> None:
+    in_ranks(2, 1, different_numbers)
+
+
+def refusals(mesh: DeviceMesh, folder: str) -> None:
+    early = LifelongEditor(folder, sites=[SITE])
+    early.configure_model()
+    early._device_mesh = mesh
+    with pytest.raises(ShardingError, match="loaded whole before the trainer's strategy"):
+        early.configure_model()
+    editor = LifelongEditor(folder, sites=[SITE])
+    editor._device_mesh = mesh
+    editor.configure_model()
+    assert editor.fingerprint()["base_model"] == early.fingerprint()["base_model"]
+    with pytest.raises(ShardingError, match="stableedit export --run"):
+        editor.save_pretrained("nowhere")
+
+
+def test_a_sharded_editor_says_what_it_cannot_do(tmp_path: Path) -> None:
+    in_ranks(2, 1, refusals, save_model(tmp_path, model_of("llama")))
+
+
+def test_models_that_tensor_parallelism_cannot_divide() -> None:
+    with pytest.raises(ShardingError, match=r"GPT2LMHeadModel states no tensor-parallel plan \(base_model_tp_plan"):
+        _tensor_parallel_styles(tiny_gpt2(), 2)
+    with pytest.raises(ShardingError, match=r"tensor_parallel_size=2: num_key_value_heads=1 cannot be divided evenly"):
+        _tensor_parallel_styles(tiny_llama(), 2)
+    with pytest.raises(ShardingError, match=r"layers.0.mlp.gate_proj with 33 outputs"):
+        _tensor_parallel_styles(tiny_llama(kv_heads=2, intermediate=33), 2)
+    with torch.device("meta"):
+        experts = AutoModelForCausalLM.from_config(
+            MixtralConfig(hidden_size=64, intermediate_size=16, num_hidden_layers=1, vocab_size=32)
+        )
+    with pytest.raises(ShardingError, match=r"plan asks for .*packed_colwise.*; supported are colwise, rowwise"):
+        _tensor_parallel_styles(experts, 2)
+
+
+def test_a_model_without_known_layers_is_not_gathered_whole() -> None:
+    class Plain(nn.Linear):
+        _no_split_modules = None
+
+    with pytest.raises(ShardingError, match="Plain does not say what its layers are"):
+        _blocks(Plain(2, 2))
