@@ -25,6 +25,7 @@ _STYLES: dict[str, Callable[[], ParallelStyle] | None] = {
     "colwise": ColwiseParallel,
     "rowwise": RowwiseParallel,
     "colwise_gather_output": lambda: ColwiseParallel(output_layouts=Replicate()),
+    "rowwise_split_input": lambda: RowwiseParallel(input_layouts=Replicate()),
     "embedding_rowwise": lambda: RowwiseParallel(input_layouts=Replicate()),
     "replicated_with_grad_allreduce": None,  # a matter of training: the weight stays whole on every rank
 }
@@ -134,6 +135,6 @@ def _divided_width(plan: dict[str, str], layer: str, module: nn.Linear) -> tuple
     """The width of a layer that its style divides without knowing the whole (0: none), and what it is."""
     pattern = ".".join("*" if part.isdigit() else part for part in layer.split("."))
     style = plan.get(pattern, plan.get(layer))
-    if style == "rowwise":
+    if style in ("rowwise", "rowwise_split_input"):
         return module.in_features, "inputs"
     return (module.out_features, "outputs") if style == "colwise" else (0, "")

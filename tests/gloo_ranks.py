@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def _rank(rank: int, data: int, tensor: int, folder: str, function: Callable[...
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), data * tensor)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=data * tensor)
+    patience = timedelta(seconds=60)  # ranks that are out of step wait for one another
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=data * tensor, timeout=patience)
     mesh: DeviceMesh = init_device_mesh("cpu", (data, tensor), mesh_dim_names=("data_parallel", "tensor_parallel"))
     ranks.team_up(mesh.mesh.tolist() if tensor > 1 else [], mesh["tensor_parallel"].get_group())
     try:

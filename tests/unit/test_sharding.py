@@ -7,12 +7,13 @@ import pytest
 import torch
 from allocations import largest_bytes
 from gloo_ranks import in_ranks
-from tiny import edit_rows, save_model, tiny_gpt2, tiny_llama, word_tokenizer, write_stream
+from tiny import edit_rows, relative_difference, save_model, tiny_gpt2, tiny_llama, word_tokenizer, write_stream
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, MixtralConfig, Phi3Config, Qwen3Config
 
 from stableedit_pl import LifelongEditor, ranks, workspace
+from stableedit_pl.capture import capture
 from stableedit_pl.closed_form import ClosedFormEdit, EditorState, StepInput
 from stableedit_pl.encoding import Encoder
 from stableedit_pl.lockstep import gathered_for_forward, in_step
@@ -26,18 +27,35 @@ from stableedit_pl.statistics import LNStatistics
 from stableedit_pl.weight_shards import local
 
 SITE = "model.layers.1.mlp.down_proj"
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "vocab_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+}
 
 
 def model_of(kind: str) -> Any:
     if kind == "gpt2":
         return tiny_gpt2()
+    configurations = {
+        "qwen3": Qwen3Config(**SMALL, head_dim=8),
+        "phi3": Phi3Config(**SMALL, pad_token_id=0),
+        "mixtral": MixtralConfig(**SMALL, num_local_experts=4),
+    }
+    if kind in configurations:
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(configurations[kind]).eval().requires_grad_(False)
     return tiny_llama(hidden=18, intermediate=34, layers=3, kv_heads=2, head_dim=6, tied=kind == "tied llama")
 
 
 def same_logits(mesh: DeviceMesh, kind: str) -> None:
     whole, model = model_of(kind), model_of(kind)
     names = {name: parameter.numel() for name, parameter in whole.named_parameters()}
-    shard_model(model, mesh, [SITE])
+    shard_model(model, mesh)
     tokens = torch.arange(3, 17).reshape(2, 7)
     with torch.no_grad():
         difference = (model(input_ids=tokens).logits - whole(input_ids=tokens).logits).abs().max()
@@ -51,10 +69,58 @@ def same_logits(mesh: DeviceMesh, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "tensor", "kind"), [(2, 1, "gpt2"), (2, 1, "tied llama"), (1, 2, "tied llama"), (2, 2, "llama")]
+    ("data", "tensor", "kind"),
+    [(2, 1, "gpt2"), (2, 1, "tied llama"), (2, 1, "mixtral"), (1, 2, "tied llama"), (2, 2, "llama")],
 )
 def test_a_divided_model_says_the_same(data: int, tensor: int, kind: str) -> None:
     in_ranks(data, tensor, same_logits, kind)
+
+
+def same_rows(mesh: DeviceMesh, kind: str, names: list[str], stream: str) -> None:
+    """Keys and value gradients of whole width and the whole turn, whoever had which edits, columns and weights."""
+    encoder = Encoder(word_tokenizer())
+    encodings = [encoder.encode(record.prompt, record.target) for record in read_records("edits", stream)]
+    passes = ((0, 1), (2,), (3, 4, 5), (6,))
+    rows = []
+    for divided in (False, True):
+        model = model_of(kind)
+        if divided:
+            shard_model(model, mesh, names)
+        sites = [Site(name, model.get_submodule(name)) for name in names]
+        forward = PartialForward.tried(model, sites)
+        assert forward.head is not None and len(forward.lower) == len(model.model.layers) - 1
+        if divided:
+            captured, _ = capture_together(forward, sites, encodings, passes, 0, "token_sum")
+        else:
+            captured = capture(forward, sites, encodings, passes, 0, "token_sum")
+        rows.append((captured.rows, captured.measured))
+    (whole, losses), (together, measured) = rows
+    assert relative_difference(measured, losses) < 1e-5
+    for name in names:
+        assert together[name].keys.shape == whole[name].keys.shape
+        assert relative_difference(together[name].keys, whole[name].keys) < 1e-5, name
+        assert relative_difference(together[name].gradients, whole[name].gradients) < 1e-5, name
+        everywhere = ranks.gather(ranks.fingerprint(together[name].gradients))
+        assert len(set(everywhere)) == 1, "the same bytes on every rank"
+
+
+@pytest.mark.parametrize(
+    ("data", "tensor", "kind", "names"),
+    [
+        (1, 2, "qwen3", ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]),
+        (1, 2, "phi3", ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]),
+        (2, 1, "phi3", ["self_attn.qkv_proj", "mlp.down_proj"]),
+        (2, 2, "tied llama", ["self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"]),
+        (4, 1, "llama", ["self_attn.k_proj", "mlp.up_proj", "mlp.down_proj"]),
+        (2, 1, "mixtral", ["self_attn.o_proj"]),
+    ],
+)
+def test_every_rank_gets_the_rows_of_the_whole(
+    tmp_path: Path, data: int, tensor: int, kind: str, names: list[str]
+) -> None:
+    last = 2 if "llama" in kind else 1
+    stream = write_stream(tmp_path / "edits.jsonl", edit_rows(7))
+    in_ranks(data, tensor, same_rows, kind, [f"model.layers.{last}.{name}" for name in names], stream)
 
 
 def turn_of(mesh: DeviceMesh, stream: str) -> None:
