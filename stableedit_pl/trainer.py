@@ -49,7 +49,8 @@ class EditTrainer(Trainer):
         devices: processes on this machine, a device each, that share every turn; likewise ``num_nodes``.
         strategy: for several processes, ``ddp`` (or ``auto``), where each holds the whole model, or ``sharded``, where
             they divide its weights (``ShardedStrategy`` has the sizes).
-        rank_timeout: seconds that processes wait for one another before the run stops.
+        rank_timeout: seconds that processes wait for one another before the run stops; a strategy that is given with
+            arguments of its own has its own.
         num_sanity_val_steps: 0; there is no validation loop during an edit run.
         enable_model_summary: list the model's layers before the run.
         use_distributed_sampler: false; a stream is never shuffled or split.

@@ -16,6 +16,7 @@ from stableedit_pl import LifelongEditor, ranks, workspace
 from stableedit_pl.capture import capture
 from stableedit_pl.closed_form import ClosedFormEdit, EditorState, StepInput
 from stableedit_pl.encoding import Encoder
+from stableedit_pl.loading import load_language_model
 from stableedit_pl.lockstep import gathered_for_forward, in_step
 from stableedit_pl.partial_forward import PartialForward
 from stableedit_pl.planning import MethodSettings
@@ -154,6 +155,28 @@ def test_no_rank_ever_holds_a_whole_site_but_in_fsdps_forward(tmp_path: Path, da
     in_ranks(data, tensor, turn_of, write_stream(tmp_path / "edits.jsonl", edit_rows(6)))
 
 
+def private_bytes() -> int:
+    """Memory of this process that no file stands behind."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
+
+
+def loaded(mesh: DeviceMesh, folder: str) -> None:
+    before = private_bytes()
+    model = load_language_model(folder)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    assert private_bytes() - before < size / 4, "the files are mapped, not read"
+    shard_model(model, mesh)
+    assert private_bytes() - before < size * 3 / 4
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="asks Linux")
+@pytest.mark.parametrize(("data", "tensor"), [(2, 1), (1, 2)])
+def test_no_rank_allocates_the_whole_model_while_it_loads(tmp_path: Path, data: int, tensor: int) -> None:
+    folder = save_model(tmp_path, tiny_llama(hidden=512, intermediate=4096, kv_heads=2))  # 59 MB
+    in_ranks(data, tensor, loaded, folder)
+
+
 def different_numbers(mesh: DeviceMesh) -> None:
     """Rank 0 has five passes to run, rank 1 two, and then none at all."""
     model = model_of("llama")
@@ -172,18 +195,27 @@ def test_ranks_may_run_different_numbers_of_passes() -> None:
     in_ranks(2, 1, different_numbers)
 
 
+def documented(error: pytest.ExceptionInfo[Exception]) -> bool:
+    """Whether docs/sharded.md quotes what was printed."""
+    page = (Path(__file__).parents[2] / "docs/sharded.md").read_text()
+    quoted = " ".join(line.removeprefix("> ") for line in page.splitlines()).replace("\\*", "*")
+    return " ".join(str(error.value).split()) in " ".join(quoted.split())
+
+
 def refusals(mesh: DeviceMesh, folder: str) -> None:
     early = LifelongEditor(folder, sites=[SITE])
     early.configure_model()
     early._device_mesh = mesh
-    with pytest.raises(ShardingError, match="loaded whole before the trainer's strategy"):
+    with pytest.raises(ShardingError, match="loaded whole before the trainer's strategy") as error:
         early.configure_model()
+    assert documented(error)
     editor = LifelongEditor(folder, sites=[SITE])
     editor._device_mesh = mesh
     editor.configure_model()
     assert editor.fingerprint()["base_model"] == early.fingerprint()["base_model"]
-    with pytest.raises(ShardingError, match="stableedit export --run"):
+    with pytest.raises(ShardingError, match="stableedit export --run") as error:
         editor.save_pretrained("nowhere")
+    assert documented(error)
 
 
 def test_a_sharded_editor_says_what_it_cannot_do(tmp_path: Path) -> None:
@@ -191,18 +223,27 @@ def test_a_sharded_editor_says_what_it_cannot_do(tmp_path: Path) -> None:
 
 
 def test_models_that_tensor_parallelism_cannot_divide() -> None:
-    with pytest.raises(ShardingError, match=r"GPT2LMHeadModel states no tensor-parallel plan \(base_model_tp_plan"):
+    with pytest.raises(
+        ShardingError, match=r"GPT2LMHeadModel states no tensor-parallel plan \(base_model_tp_plan"
+    ) as error:
         _tensor_parallel_styles(tiny_gpt2(), 2)
-    with pytest.raises(ShardingError, match=r"tensor_parallel_size=2: num_key_value_heads=1 cannot be divided evenly"):
+    assert documented(error)
+    with pytest.raises(
+        ShardingError, match=r"tensor_parallel_size=2: num_key_value_heads=1 cannot be divided evenly"
+    ) as error:
         _tensor_parallel_styles(tiny_llama(), 2)
+    assert documented(error)
     with pytest.raises(ShardingError, match=r"layers.0.mlp.gate_proj with 33 outputs"):
         _tensor_parallel_styles(tiny_llama(kv_heads=2, intermediate=33), 2)
     with torch.device("meta"):
         experts = AutoModelForCausalLM.from_config(
             MixtralConfig(hidden_size=64, intermediate_size=16, num_hidden_layers=1, vocab_size=32)
         )
-    with pytest.raises(ShardingError, match=r"plan asks for .*packed_colwise.*; supported are colwise, rowwise"):
+    with pytest.raises(
+        ShardingError, match=r"plan asks for .*packed_colwise.*; supported are colwise, rowwise"
+    ) as error:
         _tensor_parallel_styles(experts, 2)
+    assert documented(error)
 
 
 def test_a_model_without_known_layers_is_not_gathered_whole() -> None:
