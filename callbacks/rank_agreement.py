@@ -7,10 +7,13 @@ from lightning.pytorch import Callback, Trainer
 from stableedit_pl import ranks
 from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.errors import SettingError
+from stableedit_pl.saved_state import STATISTICS, weight_name
 
 
 class RankAgreement(Callback):
     """Compares checksums of weights, moments and position over the ranks; nothing with one process.
+
+    Where ranks divide a weight, those that hold the same part of it are compared.
 
     Args:
         every_n_turns: compare after every so many turns, before every checkpoint, at the start and at the end. It costs
@@ -54,7 +57,11 @@ class RankAgreement(Callback):
     def _compare(self, trainer: Trainer, editor: LifelongEditor) -> None:
         turn = editor.state.committed_turns
         if ranks.world() > 1 and self._compared != turn:
-            checksums = {name: ranks.fingerprint(tensor) for name, tensor in editor.state_dict().items()}
-            checksums |= {f"model.{site.name}": ranks.fingerprint(site.weight) for site in editor.sites}
+            tensors = {f"{STATISTICS}{name}": tensor for name, tensor in editor.state.statistics.tensors().items()}
+            for site in editor.sites:
+                # A part of a weight that ranks divide is held against the same part alone.
+                part = f" {site.shard}" if site.shard.sharded else ""
+                tensors |= {f"{weight_name(site)}{part}": site.state, f"model.{site.name}{part}": site.weight}
+            checksums = {name: ranks.fingerprint(tensor) for name, tensor in tensors.items()}
             ranks.refuse_disagreement({**checksums, "turns": turn}, turn)
             self._compared = turn

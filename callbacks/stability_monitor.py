@@ -96,19 +96,24 @@ class StabilityMonitor(Callback):
     def _stability(self, site: Site, update: SiteUpdate, norm: float) -> dict[str, float]:
         original = site.original.to(site.state.device, torch.float32)
         total = site.state.float() - original
-        delta = site.oriented(update.dense()).to(total.device)
+        delta = site.oriented(site.placed(update).dense())
         before = total - delta
-        values = {
-            "update_norm": norm,
-            "weight_norm_ratio": (site.state.float().norm() / original.norm()).item(),
-        }
+        # Each over this rank's part of the weight, then over all of it.
+        parts = [_square(site.state), _square(original), _square(before), (delta.double() * before.double()).sum()]
+        weight, base, past, inner = site.shard.total(torch.stack(parts))
+        values = {"update_norm": norm, "weight_norm_ratio": (weight / base).sqrt().item()}
         previous = self._previous.get(site.name)
         if previous is not None:  # before the first update there is no sum, only rounding
-            values["cosine_to_sum"] = _cosine((delta.double() * before.double()).sum(), norm, before.double().norm())
+            values["cosine_to_sum"] = _cosine(inner, norm, past.sqrt())
             there = update.left.device
             previous = SiteUpdate(previous.left.to(there), previous.right.to(there))
             values["cosine_to_previous"] = _cosine(update.inner(previous), norm, previous.norm())
         return values
+
+
+def _square(values: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
+    return norm.square()
 
 
 def _cosine(inner: Tensor, norm: float, other: Tensor) -> float:

@@ -7,12 +7,18 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from stableedit_pl.editor import LifelongEditor
+    from stableedit_pl.sharded_strategy import ShardedStrategy
     from stableedit_pl.stream import EditStream
     from stableedit_pl.trainer import EditTrainer
 
-__all__ = ["EditStream", "EditTrainer", "LifelongEditor", "__version__"]
+__all__ = ["EditStream", "EditTrainer", "LifelongEditor", "ShardedStrategy", "__version__"]
 
-_HOMES = {"LifelongEditor": "editor", "EditStream": "stream", "EditTrainer": "trainer"}
+_HOMES = {
+    "LifelongEditor": "editor",
+    "EditStream": "stream",
+    "EditTrainer": "trainer",
+    "ShardedStrategy": "sharded_strategy",
+}
 
 
 def __getattr__(name: str) -> Any:

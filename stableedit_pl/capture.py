@@ -20,6 +20,7 @@ from stableedit_pl.micro_batches import MicroBatches
 from stableedit_pl.partial_forward import PartialForward
 from stableedit_pl.sites import Site
 from stableedit_pl.statistics import Rows
+from stableedit_pl.weight_shards import local
 
 LossReduction = Literal["token_sum", "micro_batch_mean"]
 
@@ -30,7 +31,8 @@ class Taps:
 
     Attributes:
         batch: the pass's encodings; set it before the forward pass.
-        keys: site name to its inputs at the answer tokens, ``[N, d_in]``, detached.
+        keys: site name to its inputs at the answer tokens, ``[N, d_in]``, detached; the columns that this rank has,
+            where ranks divide the site's input. Likewise ``gradients``.
         starts: outputs in which the graph begins.
         gradients: site name to the gradient at its outputs at the answer tokens, ``[N, d_out]``, after the backward.
     """
@@ -57,7 +59,7 @@ class Taps:
         if output.is_leaf or not any(start.is_leaf for start in self.starts):
             self.starts.append(output)
         answers = self.batch.on(output.device)
-        self.keys[name] = inputs.detach()[answers]
+        self.keys[name] = local(inputs).detach()[answers]
         gradients = self.gradients
 
         def take(gradient: Tensor) -> None:

@@ -225,7 +225,7 @@ class ClosedFormEdit(Optimizer):
             state.rejected_turns.append(state.committed_turns)
         state.committed_turns += 1
         state.committing = False
-        return {site.name: _survival(before, site.weight, wanted) for site, before, wanted in watched}
+        return {site.name: _survival(site, before, wanted) for site, before, wanted in watched}
 
     def _log_solvers(self, plan: TurnPlan) -> None:
         """Say once for each shape of site who whitens it, and again if that changes."""
@@ -242,8 +242,9 @@ def total_norm(plan: TurnPlan) -> float:
     return math.hypot(*plan.norms.values())
 
 
-def _survival(before: Tensor, after: Tensor, intended: Tensor) -> float:
+def _survival(site: Site, before: Tensor, intended: Tensor) -> float:
     """``<after - before, intended> / ||intended||^2``, 1.0 when the dtype kept the whole update."""
-    applied = after.double() - before.double()
+    applied = site.weight.double() - before.double()
     wanted = intended.to(applied.device).double()
-    return float((applied * wanted).sum() / wanted.square().sum().clamp(min=torch.finfo(torch.float64).tiny))
+    inner, square = site.shard.total(torch.stack([(applied * wanted).sum(), wanted.square().sum()]))
+    return float(inner / square.clamp(min=torch.finfo(torch.float64).tiny))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from stableedit_pl import ranks
 from stableedit_pl.errors import IncompatibleCheckpoint
 from stableedit_pl.sites import Site
 
@@ -63,16 +64,21 @@ def _where_they_differ(old: str, new: str, width: int = 60) -> tuple[str, str]:
 
 
 def base_model_digest(config: Any, sites: Sequence[Site]) -> str:
-    """SHA-256 of the base model's configuration and of the sites' original weights, in hex."""
+    """SHA-256 of the base model's configuration and of the sites' whole original weights, in hex.
+
+    Rank 0 takes it, site by site, where ranks divide them: it does not depend on how.
+    """
     digest = hashlib.sha256()
     config = config.to_diff_dict()
     for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
         config.pop(volatile, None)
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for site in sites:
-        digest.update(f"{site.name} {list(site.original.shape)} {site.original.dtype}".encode())
-        digest.update(site.original.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        digest.update(f"{site.name} {list(site.shard.shape)} {site.original.dtype}".encode())
+        whole = site.shard.gathered(site.original)
+        if whole is not None:
+            digest.update(whole.contiguous().view(torch.uint8).numpy().tobytes())
+    return ranks.broadcast(digest.hexdigest()) if any(site.shard.sharded for site in sites) else digest.hexdigest()
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

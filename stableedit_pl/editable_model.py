@@ -7,9 +7,11 @@ from typing import Any, Literal, Self
 
 from lightning.pytorch import LightningModule
 
+from stableedit_pl import ranks
 from stableedit_pl.encoding import Encoder
 from stableedit_pl.errors import SettingError, require_choice
 from stableedit_pl.loading import ModelDtype, context_length, load_language_model, load_tokenizer
+from stableedit_pl.lockstep import in_step
 from stableedit_pl.lower_outputs import LowerOutputs
 from stableedit_pl.partial_forward import PartialForward
 from stableedit_pl.record_encoding import EncodedRecord, ScoredPiece
@@ -23,7 +25,8 @@ from stableedit_pl.scoring import (
     autocast,
     score_records,
 )
-from stableedit_pl.sites import Site, resolve_sites
+from stableedit_pl.sharding import ShardingError, shard_model
+from stableedit_pl.sites import Site, site_names
 
 SpecificityReference = Literal["base_output", "stated_answer"]
 
@@ -69,6 +72,7 @@ class EditableModel(LightningModule):
         self.device_map: Any = None
         self.sites: list[Site] = []
         self.edits_loaded = False
+        self._divided = False
         self._tokenizer: Any = None
         self._partial_forward: PartialForward | None = None
         self._scoring_precision: ScoringPrecision | None = None
@@ -90,11 +94,23 @@ class EditableModel(LightningModule):
         Raises:
             LoadingError: if the model cannot be loaded.
             SiteError: if a pattern names nothing that can be edited.
+            ShardingError: if the trainer's strategy divides the model over ranks, and this one cannot be.
         """
+        mesh = self.device_mesh
         if self.sites:
+            if mesh is not None and mesh.size() > 1 and not self._divided:
+                raise ShardingError(
+                    "the model was loaded whole before the trainer's strategy could divide it: leave configure_model "
+                    "to the trainer, and give it a new editor"
+                )
             return
         self.model = load_language_model(self.base_model, self.model_dtype, self.device_map)
-        self.sites = resolve_sites(self.model, self.site_patterns)
+        names = site_names(self.model, self.site_patterns)
+        if mesh is not None:
+            shard_model(self.model, mesh, names)
+            self.model.eval()
+            self._divided = True
+        self.sites = [Site(name, self.model.get_submodule(name)) for name in names]
 
     @contextlib.contextmanager
     def base_weights(self) -> Iterator[None]:
@@ -182,10 +198,17 @@ class EditableModel(LightningModule):
 
     @contextlib.contextmanager
     def forward_context(self) -> Iterator[None]:
-        """The trainer's precision for forward passes outside ``training_step``, or :meth:`scored_in`'s."""
+        """The trainer's precision for forward passes outside ``training_step``, or :meth:`scored_in`'s.
+
+        Ranks may run different numbers of them inside, but all must enter.
+
+        Raises:
+            RanksError: if one is lost.
+        """
         trainer = self._trainer
         precision = contextlib.nullcontext() if trainer is None else trainer.precision_plugin.forward_context()
-        with precision, autocast(self._scoring_precision, self.device):
+        coarser = autocast(self._scoring_precision, self.device)
+        with ranks.noticing_losses(among_others=True), precision, coarser, in_step(self.model):
             yield
 
     @contextlib.contextmanager
@@ -243,8 +266,17 @@ class EditableModel(LightningModule):
         ]
 
     def save_pretrained(self, folder: str) -> None:
-        """Write the edited model and its tokenizer as an ordinary Hugging Face folder."""
+        """Write the edited model and its tokenizer as an ordinary Hugging Face folder.
+
+        Raises:
+            ShardingError: if ranks hold the model in parts.
+        """
         self.configure_model()
+        if self.device_mesh is not None and self.device_mesh.size() > 1:
+            raise ShardingError(
+                "the ranks hold this model in parts, and none may hold it whole; write the folder from the run's "
+                "checkpoint, on one process: stableedit export --run RUN_DIR --out FOLDER"
+            )
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         for file in Path(folder).iterdir():

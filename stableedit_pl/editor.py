@@ -127,9 +127,11 @@ class LifelongEditor(EditableModel):
         Raises:
             LoadingError: if the model cannot be loaded.
             SiteError: if a pattern names nothing that can be edited.
+            ShardingError: if the strategy divides models over ranks, and this one cannot be, or is loaded whole.
         """
-        if not self.sites:
-            super().configure_model()
+        known = bool(self.sites)
+        super().configure_model()
+        if not known:
             for site in self.sites:
                 site.master_device = self.state_devices.get(site.name)
             self.state = EditorState(LNStatistics.empty(self.sites, self.statistics_scope))
@@ -246,8 +248,8 @@ class LifelongEditor(EditableModel):
         """Losses and scores of the turn's own edits right after it."""
         scorer = self.scorer()
         encodings = [edit.encoding for edit in turn.edits]
-        if len(self._shares) > 1:
-            encodings = [encodings[i] for i in self._shares[ranks.rank()].members]
+        if ranks.world() > 1:
+            encodings = [encodings[i] for i in self._shares[ranks.part()].members]
         with self.forward_context():
             forced = scorer.again(captured.passes)
             answers = scorer.answers(encodings) if self.scoring == "greedy_match" else forced
@@ -255,7 +257,7 @@ class LifelongEditor(EditableModel):
             match(answer.tokens, tuple(encoding.target_ids), self.scoring)
             for answer, encoding in zip(answers, encodings, strict=True)
         ]
-        if len(self._shares) > 1:
+        if ranks.world() > 1:
             own = torch.tensor([[answer.loss for answer in forced], scores], dtype=torch.float64)
             losses, scores = gather_edits(own.T, self._shares).T.tolist()
             return losses, scores
@@ -280,6 +282,8 @@ class LifelongEditor(EditableModel):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The edited sites' weights (``model.<name>.weight``) and the moments (``statistics/...``); nothing else.
+
+        Where ranks divide the weights all must call it; rank 0 gets them, whole, and the others the moments alone.
 
         Raises:
             RuntimeError: in the middle of a commit, when weights and statistics belong to different turns.

@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 from stableedit_pl.rank_devices import foreign_devices
-from stableedit_pl.rank_strategy import RankStrategy
+from stableedit_pl.rank_strategy import WatchedRanks
 
 
 def check_trainer(trainer: Trainer) -> None:
@@ -64,10 +64,10 @@ def _rules(trainer: Any) -> list[tuple[bool, str]]:
             "use_distributed_sampler would shuffle and split the stream; set it to false.",
         ),
         (
-            trainer.world_size > 1 and not isinstance(trainer.strategy, RankStrategy),
+            trainer.world_size > 1 and not isinstance(trainer.strategy, WatchedRanks),
             f"{trainer.world_size} processes under {type(trainer.strategy).__name__}, which splits or wraps the model; "
-            "use EditTrainer with strategy=ddp, where each process holds the whole model (or one process, with "
-            "DevicePlacement to spread a model over several devices).",
+            "use EditTrainer with strategy=ddp, where each process holds the whole model, or strategy=sharded, where "
+            "they divide its weights (or one process, with DevicePlacement to spread a model over several devices).",
         ),
         (
             bool(shared := _shared_devices(trainer)),

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stableedit_pl import ranks
 from stableedit_pl.encoding import IGNORED, Batch, Encoding, collate
 from stableedit_pl.sites import Site
+from stableedit_pl.weight_shards import settle
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +56,12 @@ class PartialForward:
         batch = _specimen(model)
         plain = cls(model)
         expected = plain.logits(batch)
+        together = any(site.shard.sharded for site in sites)
         head = _head(model, sites)
-        if head is not None and not _same(lambda: cls(model, head).logits(batch), expected):
+        if head is not None and not _agreed(_same(lambda: cls(model, head).logits(batch), expected), together):
             head = None
         lower = _layers_below(model, sites)
-        if lower and not _same(lambda: cls(model, head, lower)._twice(batch), expected):
+        if lower and not _agreed(_same(lambda: cls(model, head, lower)._twice(batch), expected), together):
             lower = ()
         log.info(
             "Forward pass: logits %s; %s",
@@ -140,10 +143,16 @@ class PartialForward:
         def as_layers_do(hidden: Any) -> Any:
             return hidden if self._parts is None else (hidden, *[None] * (self._parts - 1))
 
+        def taken(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            settle(hidden)
+            return hidden
+
         def passed_on(*args: Any, **kwargs: Any) -> Any:
-            return as_layers_do(args[0] if args else kwargs["hidden_states"])
+            return as_layers_do(taken(*args, **kwargs))
 
         def given(*args: Any, **kwargs: Any) -> Any:
+            taken(*args, **kwargs)
             return as_layers_do(output)
 
         try:
@@ -166,7 +175,8 @@ def _fed_in_part(head: nn.Module, batch: Batch) -> Iterator[None]:
         hidden = inputs[0]
         return (hidden[batch.on(hidden.device)].unsqueeze(0), *inputs[1:])
 
-    handle = head.register_forward_pre_hook(select)
+    # First of all: tensor parallelism has a hook there of its own, after which the input is no plain tensor.
+    handle = head.register_forward_pre_hook(select, prepend=True)
     try:
         yield
     finally:
@@ -216,6 +226,11 @@ def _specimen(model: Any) -> Batch:
 def _entrance(model: Any) -> torch.device:
     """Where the first parameter is; those that accelerate keeps in host memory are nowhere between passes."""
     return next(parameter.device for parameter in model.parameters() if not parameter.is_meta)  # type: ignore[no-any-return]
+
+
+def _agreed(here: bool, together: bool) -> bool:
+    """Whether all ranks found so, where they run a forward pass together: they must go the same way."""
+    return all(ranks.gather(here)) if together else here
 
 
 def _same(run: Any, expected: Tensor) -> bool:

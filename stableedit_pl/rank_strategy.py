@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.nn import Module
 
@@ -25,20 +25,21 @@ LAUNCHED_BY = "STABLEEDIT_LAUNCHED_BY"
 """Environment variable: process id of the rank 0 that started this process."""
 
 
-class RankStrategy(DDPStrategy):
-    """One process per device, each with the whole model, none wrapped: there is no gradient to reduce.
-
-    Lightning's own wraps the model in ``DistributedDataParallel``, which refuses one without gradients.
+class WatchedRanks(ParallelStrategy):
+    """Processes that are started together, watch one another, and stop together: what our strategies share.
 
     Args:
         rank_timeout: seconds that ranks wait for one another before they stop; a rank that gives no sign of life is
             noticed within a fifth of it, a minute at most.
-        kwargs: as for Lightning's ``DDPStrategy``.
+        kwargs: as for the Lightning strategy that stands behind this one in the order of inheritance.
     """
+
+    num_nodes: int
+    num_processes: int
 
     def __init__(self, rank_timeout: float = 600.0, **kwargs: Any) -> None:
         """See the class."""
-        super().__init__(timeout=timedelta(seconds=rank_timeout), **kwargs)
+        super().__init__(timeout=timedelta(seconds=rank_timeout), **kwargs)  # type: ignore[call-arg]
         self.silence = min(rank_timeout / 5, 60.0)
         self._watch: RankWatch | None = None
 
@@ -53,7 +54,7 @@ class RankStrategy(DDPStrategy):
             return
         _follow_the_launcher()
         with ranks.noticing_losses():
-            super().setup_environment()
+            self._meet()
         if ranks.world() > 1:
             store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
             store.set_timeout(timedelta(seconds=self.silence))
@@ -61,13 +62,9 @@ class RankStrategy(DDPStrategy):
             self._watch.start()
             ranks.watch_with(self._watch)
 
-    def setup(self, trainer: Any) -> None:
-        """Place the model; every rank has loaded the same files, so nothing is sent."""
-        super(DDPStrategy, self).setup(trainer)
-
-    def _setup_model(self, model: Module) -> Module:  # type: ignore[override]
-        """The model as it is."""
-        return model
+    def _meet(self) -> None:
+        ranks.team_up([])  # not when the ranks part: predictions are gathered after that
+        super().setup_environment()
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Wait for all ranks.
@@ -76,7 +73,7 @@ class RankStrategy(DDPStrategy):
             RanksError: if one is lost.
         """
         with ranks.noticing_losses():
-            super().barrier(*args, **kwargs)
+            super().barrier(*args, **kwargs)  # type: ignore[safe-super]
 
     def on_exception(self, exception: BaseException) -> None:
         """Tell the others why this rank stops."""
@@ -92,6 +89,22 @@ class RankStrategy(DDPStrategy):
             ranks.watch_with(None)
             self._watch = None
         super().teardown()
+
+
+class RankStrategy(WatchedRanks, DDPStrategy):
+    """One process per device, each with the whole model, none wrapped: there is no gradient to reduce.
+
+    Lightning's own wraps the model in ``DistributedDataParallel``, which refuses one without gradients.
+    Arguments as for :class:`WatchedRanks` and Lightning's ``DDPStrategy``.
+    """
+
+    def setup(self, trainer: Any) -> None:
+        """Place the model; every rank has loaded the same files, so nothing is sent."""
+        super(DDPStrategy, self).setup(trainer)
+
+    def _setup_model(self, model: Module) -> Module:  # type: ignore[override]
+        """The model as it is."""
+        return model
 
 
 class RankLauncher(_SubprocessScriptLauncher):

@@ -18,6 +18,12 @@ T = TypeVar("T")
 
 _watches: list[RankWatch] = []
 
+_teams: list[tuple[int, ...]] = []
+"""Ranks that run the same edits together (tensor parallel), a part of the work for each team; none: a part a rank."""
+
+_team_groups: list[Any] = []
+"""The process group of this rank's team."""
+
 
 class RanksError(RuntimeError):
     """A rank is lost, or the ranks do not agree; the message says which and what to do."""
@@ -38,14 +44,44 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
 
 
+def team_up(teams: Sequence[Sequence[int]], group: Any = None) -> None:
+    """Have work divided among teams whose ranks do the same part of it; with none, among single ranks.
+
+    Args:
+        teams: ranks of each; every rank is in one, and all are equally large.
+        group: the process group of this rank's own.
+    """
+    _teams[:] = [tuple(team) for team in teams]
+    _team_groups[:] = [group] if _teams else []
+
+
+def parts() -> int:
+    """Into how many parts work is divided."""
+    return len(_teams) or world()
+
+
+def part() -> int:
+    """Which part of the work is this process's."""
+    return next((number for number, team in enumerate(_teams) if rank() in team), rank())
+
+
+def _speakers() -> list[int]:
+    """The rank that speaks for each part."""
+    return [team[0] for team in _teams] or list(range(world()))
+
+
 def watch_with(watch: RankWatch | None) -> None:
     """Have losses named by ``watch``; None when the ranks part."""
     _watches[:] = [] if watch is None else [watch]
 
 
 @contextmanager
-def noticing_losses() -> Iterator[None]:
+def noticing_losses(among_others: bool = False) -> Iterator[None]:
     """Report a collective that fails inside as a lost rank.
+
+    Args:
+        among_others: more than a collective happens inside (a forward pass of a sharded model): only what the
+            communication library says of itself is a loss.
 
     Raises:
         RanksError: naming the ranks that are missing, where that can be known.
@@ -55,6 +91,8 @@ def noticing_losses() -> Iterator[None]:
     except RanksError:
         raise
     except RuntimeError as error:
+        if among_others and not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
         raise RanksError(_account_of(error)) from error
 
 
@@ -88,9 +126,15 @@ def gather(value: T) -> list[T]:
     return values
 
 
+def gather_parts(value: T) -> list[T]:
+    """The value of every part, in order; plain values, pickled."""
+    values = gather(value)
+    return [values[speaker] for speaker in _speakers()]
+
+
 def own_part(items: Sequence[T]) -> list[T]:
-    """This rank's part of items that the ranks divide: every ``world``-th, each item at one rank."""
-    return list(items[rank() :: world()])
+    """This process's part of items that are divided: every ``parts``-th, each item in one part."""
+    return list(items[part() :: parts()])
 
 
 def largest(value: int) -> int:
@@ -104,11 +148,11 @@ def largest(value: int) -> int:
 
 
 def gather_rows(own: Tensor, counts: Sequence[int]) -> Tensor:
-    """All ranks' rows, one rank after another.
+    """The rows of all parts, one part after another.
 
     Args:
-        own: this rank's rows, ``[counts[rank()], width]``; there may be none.
-        counts: how many rows each rank has, known to all.
+        own: this part's rows, ``[counts[part()], width]``; there may be none.
+        counts: how many rows each part has, known to all.
 
     Returns:
         ``[sum(counts), width]``, dtype and device of ``own``; the same bytes on every rank.
@@ -118,14 +162,35 @@ def gather_rows(own: Tensor, counts: Sequence[int]) -> Tensor:
     """
     if world() == 1:
         return own
-    if own.shape[0] != counts[rank()]:
-        raise ValueError(f"{own.shape[0]} rows on rank {rank()}, expected {counts[rank()]}")
+    if own.shape[0] != counts[part()]:
+        raise ValueError(f"{own.shape[0]} rows on rank {rank()}, expected {counts[part()]}")
     padded = torch.zeros((max(counts), own.shape[1]), dtype=own.dtype, device=device())
     padded[: own.shape[0]] = own
-    parts = [torch.empty_like(padded) for _ in counts]
-    with noticing_losses():
-        dist.all_gather(parts, padded)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(own.device)
+    pieces = _all_gather(padded)
+    spoken = [pieces[speaker][:count] for speaker, count in zip(_speakers(), counts, strict=True)]
+    return torch.cat(spoken).to(own.device)
+
+
+def gather_columns(own: Tensor, width: int) -> Tensor:
+    """The columns of all ranks of this rank's team, side by side: what each had of a dimension that they divide.
+
+    Args:
+        own: ``[rows, columns here]``, as many rows on each; ``torch.chunk`` says how many columns.
+        width: of all together.
+
+    Returns:
+        ``[rows, width]``, dtype and device of ``own``.
+    """
+    (team,) = (team for team in _teams if rank() in team)
+    most = -(-width // len(team))
+    padded = torch.zeros((own.shape[0], most), dtype=own.dtype, device=device())
+    padded[:, : own.shape[1]] = own
+    return torch.cat(_all_gather(padded, _team_groups[0], len(team)), dim=1)[:, :width].to(own.device)
+
+
+def gather_equal(own: Tensor) -> Tensor:
+    """Every rank's rows, as many on each, one rank after another; dtype and device of ``own``."""
+    return torch.cat(_all_gather(own.to(device()))).to(own.device)
 
 
 def send_to_all(numbers: Tensor, source: int) -> None:
@@ -141,10 +206,18 @@ def send_to_all(numbers: Tensor, source: int) -> None:
 
 
 def gather_same(own: Tensor, group: Any = None) -> list[Tensor]:
-    """Every rank's tensor of one shape: how torchmetrics is to fetch the states of a metric."""
+    """The tensor of every part, of one shape: how torchmetrics is to fetch the states of a metric."""
     flat = own.reshape(1, -1)
-    gathered = gather_rows(flat, [1] * world())
+    gathered = gather_rows(flat, [1] * parts())
     return [row.reshape(own.shape) for row in gathered]
+
+
+def _all_gather(own: Tensor, group: Any = None, count: int | None = None) -> list[Tensor]:
+    own = own.contiguous()
+    pieces = [torch.empty_like(own) for _ in range(count or world())]
+    with noticing_losses():
+        dist.all_gather(pieces, own, group=group)
+    return pieces
 
 
 def fingerprint(tensor: Tensor) -> int:
@@ -172,7 +245,7 @@ def refuse_disagreement(checksums: dict[str, int], turn: int) -> None:
     """Hold all ranks' checksums against one another.
 
     Args:
-        checksums: name to checksum, the same names everywhere.
+        checksums: name to checksum; a name is compared among the ranks that have it.
         turn: after which turn, for the message.
 
     Raises:
@@ -181,11 +254,13 @@ def refuse_disagreement(checksums: dict[str, int], turn: int) -> None:
     if world() == 1:
         return
     everywhere = gather(checksums)
-    wrong = {
-        name: [one for one, theirs in enumerate(everywhere) if theirs.get(name) != everywhere[0].get(name)]
-        for name in everywhere[0]
-    }
-    listed = [f"{name} on rank {', '.join(map(str, ranks))}" for name, ranks in wrong.items() if ranks]
+    listed = []
+    for name in dict.fromkeys(name for theirs in everywhere for name in theirs):
+        first, *others = [one for one, theirs in enumerate(everywhere) if name in theirs]
+        wrong = [one for one in others if everywhere[one][name] != everywhere[first][name]]
+        if wrong:
+            against = "" if first == 0 else f" (held against rank {first})"
+            listed.append(f"{name} on rank {', '.join(map(str, wrong))}{against}")
     if listed:
         raise RanksError(
             f"After turn {turn} the ranks do not hold the same bytes as rank 0: {'; '.join(listed)}. Memory or "

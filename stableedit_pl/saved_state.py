@@ -18,8 +18,12 @@ def weight_name(site: Site) -> str:
 
 
 def saved_tensors(sites: Sequence[Site], statistics: LNStatistics) -> dict[str, Tensor]:
-    """The weights at the precision in which edits accumulate, and the moments (``statistics/...``); nothing else."""
-    weights = {weight_name(site): site.state.detach() for site in sites}
+    """The weights at the precision in which edits accumulate, and the moments (``statistics/...``); nothing else.
+
+    A weight that ranks divide is put together on the CPU of rank 0, one after another, and left out on the other ranks.
+    """
+    whole = {weight_name(site): site.shard.gathered(site.state.detach()) for site in sites}
+    weights = {name: weight for name, weight in whole.items() if weight is not None}
     return weights | {f"{STATISTICS}{name}": value for name, value in statistics.tensors().items()}
 
 
@@ -47,9 +51,9 @@ def load_tensors(sites: Sequence[Site], statistics: LNStatistics, tensors: Mappi
     saved = {name.removeprefix(STATISTICS): t for name, t in tensors.items() if name.startswith(STATISTICS)}
     loaded = statistics.loaded(saved, "the checkpoint")
     for name, site in weights.items():
-        if tensors[name].shape != site.weight.shape:
+        if tensors[name].shape != site.shard.shape:
             raise IncompatibleCheckpoint(
-                f"{name}: {list(tensors[name].shape)} in the checkpoint, {list(site.weight.shape)} here"
+                f"{name}: {list(tensors[name].shape)} in the checkpoint, {list(site.shard.shape)} here"
             )
     for name, site in weights.items():
         site.load(tensors[name])

@@ -172,7 +172,9 @@ def greedy(model: Any, prompts: Tensor, max_new_tokens: int, pad_id: int) -> Ten
     # generate fills what the given configuration leaves open from the model's own: it must not see that.
     model.generation_config = plain
     try:
-        out = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=plain)
+        attended = torch.ones_like(prompts)
+        # Ranks that must run together keep in step in a way of our own (``lockstep``), not in transformers'.
+        out = model.generate(prompts, attention_mask=attended, generation_config=plain, synced_gpus=False)
     finally:
         model.generation_config = shipped
     return out[:, prompts.shape[1] :]  # type: ignore[no-any-return]

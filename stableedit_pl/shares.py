@@ -9,6 +9,7 @@ from torch import Tensor
 from stableedit_pl import ranks
 from stableedit_pl.capture import Captured, LossReduction, capture
 from stableedit_pl.encoding import Encoding
+from stableedit_pl.lockstep import gathered_for_forward
 from stableedit_pl.micro_batches import MicroBatches
 from stableedit_pl.partial_forward import PartialForward
 from stableedit_pl.sites import Site
@@ -17,7 +18,7 @@ from stableedit_pl.statistics import Rows, moved
 
 @dataclass(frozen=True)
 class Share:
-    """One rank's part of a turn.
+    """One rank's part of a turn; ranks that hold a layer between them (tensor parallel) have the same.
 
     Attributes:
         members: its edits, ascending; may be none.
@@ -36,7 +37,7 @@ def divide(micro_batches: MicroBatches, lengths: Sequence[int], count: int, whol
     Args:
         micro_batches: of the whole turn.
         lengths: tokens of each edit.
-        count: number of ranks.
+        count: number of parts.
         whole: cut between micro-batches only, because the loss is averaged over each.
 
     Returns:
@@ -71,20 +72,29 @@ def capture_together(
 ) -> tuple[Captured, list[Share]]:
     """As :func:`stableedit_pl.capture.capture`, each rank running its share and all receiving everything.
 
+    Rows have the site's whole width, also where ranks hold its inputs or outputs in parts.
+
     Returns:
         Rows and measurements of the whole turn, in its order, the same bytes on every rank, but the passes of this
         rank's share alone; and the shares.
     """
     lengths = [len(encoding.input_ids) for encoding in encodings]
-    shares = divide(micro_batches, lengths, ranks.world(), whole=loss_reduction == "micro_batch_mean")
-    if len(shares) == 1:
+    shares = divide(micro_batches, lengths, ranks.parts(), whole=loss_reduction == "micro_batch_mean")
+    if ranks.world() == 1:
         return capture(forward, sites, encodings, micro_batches, pad_id, loss_reduction), shares
-    share = shares[ranks.rank()]
-    if share.members:
-        own = [encodings[i] for i in share.members]
-        captured = capture(forward, sites, own, share.micro_batches, pad_id, loss_reduction)
-    else:
-        captured = _nothing(forward, sites)
+    share = shares[ranks.part()]
+    with ranks.noticing_losses(among_others=True):
+        if share.members:
+            own = [encodings[i] for i in share.members]
+            captured = capture(forward, sites, own, share.micro_batches, pad_id, loss_reduction)
+        else:
+            captured = _nothing(forward, sites)
+        if gathered_for_forward(forward.model):
+            # Others need this rank for every layer, there and back: it runs as many passes, and drops what they give.
+            shortest = encodings[min(range(len(encodings)), key=lengths.__getitem__)]
+            for _ in range(len(share.micro_batches), max(len(one.micro_batches) for one in shares)):
+                capture(forward, sites, [shortest], ((0,),), pad_id, loss_reduction)
+    captured.rows = {site.name: _whole(captured.rows[site.name], site) for site in sites}
     answers = [len(encoding.target_ids) for encoding in encodings]
     counts = [sum(answers[i] for i in one.members) for one in shares]
     owners = [i for one in shares for i in one.members for _ in range(answers[i])]
@@ -107,7 +117,7 @@ def capture_together(
 
 def gather_edits(own: Tensor, shares: Sequence[Share]) -> Tensor:
     """All edits' values, ``[edits, width]`` in the turn's order, of each rank's, ``[its edits, width]``."""
-    if len(shares) == 1:
+    if ranks.world() == 1:
         return own
     together = ranks.gather_rows(own, [len(share.members) for share in shares])
     return together[_order([i for share in shares for i in share.members], together.device)]
@@ -115,6 +125,15 @@ def gather_edits(own: Tensor, shares: Sequence[Share]) -> Tensor:
 
 def _order(owners: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(owners).argsort(stable=True).to(device)
+
+
+def _whole(rows: Rows, site: Site) -> Rows:
+    """Rows of the site's whole width; ranks of a team have the same edits, and may each have some of the columns."""
+
+    def widened(own: Tensor, width: int) -> Tensor:
+        return own if own.shape[1] == width else ranks.gather_columns(own, width)
+
+    return Rows(widened(rows.keys, site.d_in), widened(rows.gradients, site.d_out))
 
 
 def _nothing(forward: PartialForward, sites: Sequence[Site]) -> Captured:

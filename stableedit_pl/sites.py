@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from stableedit_pl.ridge import SiteUpdate
+from stableedit_pl.weight_shards import WeightShard, local
 from stableedit_pl.workspace import Workspace
 
 
@@ -23,13 +24,15 @@ class Site:
     """One edited weight of a language model, ``d_in -> d_out``.
 
     ``Linear`` stores its weight as ``[d_out, d_in]`` and ``Conv1D`` (GPT-2) as ``[d_in, d_out]``; an update is
-    always ``Delta [d_in, d_out]``. Only this class knows the difference.
+    always ``Delta [d_in, d_out]``. Only this class knows the difference. Where ranks divide the weight (a ``DTensor``),
+    everything here but ``d_in``, ``d_out`` and updates is of this rank's shard, and updates are cut to it.
 
     Attributes:
         name: the module's full name in the base model.
         module: the ``Linear`` or ``Conv1D``.
-        d_in: width of the keys.
-        d_out: width of the value gradients.
+        shard: which part of the weight this process holds; all of it unless ranks divide it.
+        d_in: width of the keys, of the whole weight.
+        d_out: width of the value gradients, of the whole weight.
         original: the weight as loaded from the base model, on the CPU, in the weight's layout and dtype; on
             ``meta`` where the model is.
         master: float32 copy of the weight that accumulates updates when the model's own dtype is too coarse,
@@ -66,16 +69,17 @@ class Site:
         self.name = name
         self.module = module
         self.transposed = isinstance(module, Conv1D)
-        self.d_in, self.d_out = weight.shape if self.transposed else weight.shape[::-1]
-        self.original = weight.detach().to("meta" if weight.is_meta else "cpu", copy=True)
+        self.shard = WeightShard.of(weight)
+        self.d_in, self.d_out = self.shard.shape if self.transposed else self.shard.shape[::-1]
+        self.original = local(weight).detach().to("meta" if weight.is_meta else "cpu", copy=True)
         self.master: Tensor | None = None
         self.master_device: torch.device | None = None
 
     @property
     def weight(self) -> Tensor:
-        """The module's weight, in its own layout, outside autograd."""
+        """The module's weight (this rank's shard), in its own layout, outside autograd."""
         parameter: Tensor = self.module.weight  # type: ignore[assignment]
-        return parameter.detach()
+        return local(parameter).detach()
 
     @property
     def state(self) -> Tensor:
@@ -97,18 +101,19 @@ class Site:
 
     @torch.no_grad()
     def load(self, state: Tensor) -> None:
-        """Take over a saved weight (the :attr:`state` of another run), any float dtype, the weight's layout.
+        """Take over a saved whole weight (the :attr:`state` of another run), any float dtype, the weight's layout.
 
         A float32 state stays in the master even where the weight is float32 now: the trainer's precision may
         make the weight coarser afterwards.
         """
+        state = self.shard.cut(state)
         where = self.weight.device if self.master_device is None else self.master_device
         self.master = state.to(device=where, copy=True) if state.dtype == torch.float32 else None
         self.weight.copy_(state)
 
     @torch.no_grad()
     def placed(self, update: SiteUpdate) -> SiteUpdate:
-        """An update where :meth:`add` takes it: on the device of :attr:`state`.
+        """An update as :meth:`add` takes it: on the device of :attr:`state`, the columns of its factors that meet here.
 
         Raises:
             ValueError: if it is not an update of a weight ``[d_in, d_out]``.
@@ -117,7 +122,10 @@ class Site:
         if shape != (self.d_in, self.d_out):
             raise ValueError(f"an update of {self.name} is [{self.d_in}, {self.d_out}], got {list(shape)}")
         device = self.state.device
-        return SiteUpdate(update.left.to(device), update.right.to(device))
+        outputs, inputs = self.shard.rows, self.shard.columns
+        if self.transposed:
+            inputs, outputs = outputs, inputs
+        return SiteUpdate(update.left[:, slice(*inputs)].to(device), update.right[:, slice(*outputs)].to(device))
 
     @torch.no_grad()
     def add(self, update: SiteUpdate, workspace: Workspace) -> None:
@@ -145,7 +153,8 @@ class Site:
         state = self.state
         extremes = [torch.stack(total.aminmax()) for _, total in workspace.sums(state, update, self.transposed)]
         # Rounding keeps order: what the extremes round to bounds what the rest does.
-        return torch.isfinite(torch.stack(extremes).to(state.dtype).to(self.weight.dtype)).all()
+        there = torch.stack(extremes) if extremes else torch.zeros(1, device=state.device)
+        return self.shard.everywhere(torch.isfinite(there.to(state.dtype).to(self.weight.dtype)).all())
 
     def oriented(self, delta: Tensor) -> Tensor:
         """``Delta [d_in, d_out]`` in the weight's own layout."""
@@ -202,6 +211,15 @@ def resolve_sites(model: nn.Module, patterns: Sequence[str]) -> list[Site]:
     Raises:
         SiteError: if a pattern selects no module (the message lists near matches), or one that cannot be edited.
     """
+    return [Site(name, model.get_submodule(name)) for name in site_names(model, patterns)]
+
+
+def site_names(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """The names of :func:`resolve_sites`' sites; no weight is looked at, none copied.
+
+    Raises:
+        SiteError: if a pattern selects no module, or one whose weight is tied to another's.
+    """
     if not patterns:
         raise SiteError("no sites given; name at least one, as in model.layers.31.mlp.down_proj")
     modules = {name: module for name, module in model.named_modules() if name}
@@ -215,12 +233,13 @@ def resolve_sites(model: nn.Module, patterns: Sequence[str]) -> list[Site]:
             if not matches:
                 raise SiteError(_no_match(pattern, expanded, modules))
             chosen.update(matches)
-    sites = [Site(name, module) for name, module in modules.items() if name in chosen]
-    for site in sites:
-        shared = holders[id(site.module.weight)]
-        if len(shared) > 1:
-            raise SiteError(f"{site.name} cannot be edited alone, its weight is tied: {', '.join(shared)}")
-    return sites
+    names = [name for name in modules if name in chosen]
+    for name in names:
+        editable = isinstance(modules[name], (nn.Linear, Conv1D))  # the rest has an error of its own
+        shared = holders.get(id(getattr(modules[name], "weight", None)), [])
+        if editable and len(shared) > 1:
+            raise SiteError(f"{name} cannot be edited alone, its weight is tied: {', '.join(shared)}")
+    return names
 
 
 def _no_match(pattern: str, expanded: str, modules: dict[str, nn.Module]) -> str:

@@ -27,9 +27,9 @@ from stableedit_pl.checkpoint_io import AtomicCheckpointIO
 from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.errors import SettingError
 from stableedit_pl.plain import plain
-from stableedit_pl.rank_strategy import ddp_means_ranks
 from stableedit_pl.run_directory import LAST, RunDirectory, RunDirectoryError
 from stableedit_pl.scoring import KINDS
+from stableedit_pl.sharded_strategy import strategies_of_a_stream
 
 
 class EditTrainer(Trainer):
@@ -48,8 +48,10 @@ class EditTrainer(Trainer):
         callbacks: added to the defaults; one of a default's class replaces it.
         plugins: as in Lightning's Trainer.
         devices: processes on this machine, a device each, that share every turn; likewise ``num_nodes``.
-        strategy: ``ddp`` (or ``auto``) for several processes; each holds the whole model.
-        rank_timeout: seconds that processes wait for one another before the run stops.
+        strategy: for several processes, ``ddp`` (or ``auto``), where each holds the whole model, or ``sharded``, where
+            they divide its weights (``ShardedStrategy`` has the sizes).
+        rank_timeout: seconds that processes wait for one another before the run stops; a strategy that is given with
+            arguments of its own has its own.
         num_sanity_val_steps: 0; there is no validation loop during an edit run.
         enable_model_summary: list the model's layers before the run.
         use_distributed_sampler: false; a stream is never shuffled or split.
@@ -93,7 +95,7 @@ class EditTrainer(Trainer):
         given = callbacks if isinstance(callbacks, list) else [] if callbacks is None else [callbacks]
         if not rank_timeout > 0:
             raise SettingError(f"trainer.rank_timeout must be positive, got {rank_timeout}")
-        with ddp_means_ranks(rank_timeout):
+        with strategies_of_a_stream(rank_timeout):
             super().__init__(
                 default_root_dir=str(self.run_directory.path),
                 max_epochs=max_epochs,
@@ -222,7 +224,7 @@ class EditTrainer(Trainer):
         checkpoint = self._checkpoint(ckpt_path)
         with self._without_loggers():
             own = super().predict(model, dataloaders, datamodule, return_predictions, checkpoint, weights_only=True)
-        return own if self.world_size == 1 or own is None else _interleaved(ranks.gather(own))
+        return own if self.world_size == 1 or own is None else _interleaved(ranks.gather_parts(own))
 
     def _checkpoint(self, ckpt_path: str | Path | None) -> Path | None:
         """The file that ``ckpt_path`` means; rank 0 finds it, and tells the others once they have met."""

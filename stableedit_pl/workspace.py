@@ -55,7 +55,7 @@ class Workspace:
 
 def block_rows(rows: int, columns: int) -> int:
     """How many of a weight's rows make a block."""
-    return min(rows, max(1, BLOCK_BYTES // (8 * columns)))
+    return max(1, min(rows, BLOCK_BYTES // (8 * columns)))
 
 
 def workspace_sizes(shape: Sequence[int], rank: int) -> tuple[int, int]:

@@ -32,7 +32,14 @@ def word_tokenizer(words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
 
 
 def tiny_llama(
-    seed: int = 0, hidden: int = 16, layers: int = 2, intermediate: int = 32, vocab: int = len(WORDS) + 4
+    seed: int = 0,
+    hidden: int = 16,
+    layers: int = 2,
+    intermediate: int = 32,
+    vocab: int = len(WORDS) + 4,
+    kv_heads: int = 1,
+    head_dim: int | None = None,
+    tied: bool = False,
 ) -> LlamaForCausalLM:
     """A random Llama in float32 and eval mode."""
     torch.manual_seed(seed)
@@ -42,7 +49,9 @@ def tiny_llama(
         intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=2,
-        num_key_value_heads=1,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        tie_word_embeddings=tied,
         max_position_embeddings=32,
         initializer_range=0.3,
         bos_token_id=1,

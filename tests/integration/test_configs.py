@@ -14,13 +14,8 @@ from tiny import LLAMA_SITE, edit_rows, write_stream
 from stableedit_pl.cli import main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-OVERLAYS = {
-    "standardize.yaml",
-    "no_normalization.yaml",
-    "official_parity.yaml",
-    "two_processes_cpu.yaml",
-    "multi_gpu.yaml",
-}
+SEVERAL = {"two_processes_cpu.yaml", "sharded.yaml"}
+OVERLAYS = {"standardize.yaml", "no_normalization.yaml", "official_parity.yaml", "multi_gpu.yaml", *SEVERAL}
 ALL = sorted(file.name for file in CONFIGS.glob("*.yaml"))
 
 
@@ -71,7 +66,7 @@ def test_configuration_runs(tmp_path: Path, llama_folder: str, name: str) -> Non
     ]
     uses_warmup = name != "own_data.yaml"
     given = [*arguments, f"--data.warmup_path={warmup}"] if uses_warmup else arguments
-    if name == "two_processes_cpu.yaml":  # starts its second process by the command line it was started with itself
+    if name in SEVERAL:  # these start a second process by their own command line
         command = [sys.executable, "-m", "stableedit_pl", *given]
         subprocess.run(command, check=True, timeout=120, env={**os.environ, "PYTHONPATH": str(CONFIGS.parent)})
     else:

@@ -24,10 +24,13 @@ LAYERS = [
     ["loaders"],
     ["editable_model", "report", "curves", "guards", "checkpoint_io", "device_maps"],
     ["closed_form", "scoring", "shares", "division", "compatibility", "loading", "saved_state", "placement"],
+    ["sharded_strategy"],
     ["capture", "planning", "memory", "turns", "record_encoding"],
     ["partial_forward", "lower_outputs", "rank_strategy", "rank_devices", "method"],
     ["statistics", "normalization", "sites", "encoding", "readers", "row_digest", "ledger"],
-    ["checkpoint_file", "results_file", "front_page", "screen"],
+    ["checkpoint_file", "results_file", "front_page", "screen", "sharding"],
+    ["lockstep"],
+    ["weight_shards"],
     [
         "moments",
         "inverse_root",
@@ -49,7 +52,7 @@ LAYER = {module: depth for depth, layer in enumerate(LAYERS) for module in layer
 
 LIGHTNING = {
     *("edit_cli", "trainer", "callbacks", "results", "editor", "stream", "editable_model", "curves", "guards"),
-    *("checkpoint_io", "rank_strategy"),
+    *("checkpoint_io", "rank_strategy", "sharded_strategy"),
 }
 TRANSFORMERS = {"loading", "scoring", "sites"}
 TORCH = {
@@ -67,8 +70,9 @@ TORCH = {
         "sites",
     ),
     *("inverse_root", "workspace", "memory", "encoding", "moments", "loaders", "verify", "saved_state"),
-    *("partial_forward", "lower_outputs", "checkpoint_file", "ranks", "rank_strategy", "shares", "method"),
+    *("partial_forward", "lower_outputs", "checkpoint_file", "ranks", "rank_strategy", "shares"),
     *("division", "placement", "device_maps", "rank_devices"),
+    *("sharding", "sharded_strategy", "weight_shards", "lockstep"),
 }
 """Who may import what; everything else is for the standard library and this package alone."""
 

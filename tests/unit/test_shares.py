@@ -1,5 +1,8 @@
 """How a turn is divided: every edit once, about equally many tokens, whole micro-batches where they must be."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -83,7 +86,8 @@ def test_rows_of_a_placed_model_meet_and_go_back_to_their_sites(monkeypatch: pyt
     monkeypatch.setattr(ranks, "gather_rows", gather_rows)
     monkeypatch.setattr(shares_module, "moved", moved)
     monkeypatch.setattr(shares_module, "capture", lambda *_: captured(1))
-    found, _ = capture_together(None, sites, encodings, ((0, 2), (1, 3)), 0, "micro_batch_mean")  # type: ignore[arg-type]
+    whole: Any = SimpleNamespace(model=nn.Identity())
+    found, _ = capture_together(whole, sites, encodings, ((0, 2), (1, 3)), 0, "micro_batch_mean")
     for name, device in (("a", "cpu"), ("b", "cuda:1")):
         assert str(found.rows[name].keys.device) == str(found.rows[name].gradients.device) == device
         assert torch.equal(found.rows[name].keys.as_subclass(torch.Tensor), turn[name].keys)
