@@ -62,7 +62,7 @@ def refusals(made: Trainer) -> list[str]:
         {"callbacks": [ModelCheckpoint(every_n_train_steps=5)]},
         {"use_distributed_sampler": True},
     ],
-    ids=str,
+    ids=lambda changes: ", ".join(changes) or "defaults",  # alike in every process that collects tests
 )
 def test_what_a_stream_can_use_passes(changes: dict[str, Any], tmp_path: Path) -> None:
     check_trainer(trainer(default_root_dir=str(tmp_path), **changes))
