@@ -78,6 +78,9 @@ class RankWatch(threading.Thread):
             self._left.set()
             with self._lock:
                 self._set(ENDED if problem is None else FAILED + problem)
+            # An interpreter that ends while this thread is in the store's C++ aborts the process.
+            if self.is_alive():
+                self.join(ROLL_CALL)
 
     def wait_for_others(self) -> None:
         """Stay until the others have left or fallen silent: the store goes with this process, and they still ask it."""
