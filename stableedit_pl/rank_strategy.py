@@ -61,6 +61,8 @@ class WatchedRanks(ParallelStrategy):
             self._watch = RankWatch(store, ranks.rank(), ranks.world(), self.silence)
             self._watch.start()
             ranks.watch_with(self._watch)
+            atexit.unregister(_hang_up)
+            atexit.register(_hang_up)
 
     def _meet(self) -> None:
         ranks.team_up([])  # not when the ranks part: predictions are gathered after that
@@ -77,6 +79,8 @@ class WatchedRanks(ParallelStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         """Tell the others why this rank stops."""
+        if isinstance(exception, ranks.RanksError):
+            atexit.unregister(_hang_up)  # it could wait for those that are lost
         if self._watch is not None:
             self._watch.leave(str(exception).splitlines()[0] if str(exception) else type(exception).__name__)
             if ranks.rank() == 0 and isinstance(exception, ranks.RanksError):
@@ -89,6 +93,12 @@ class WatchedRanks(ParallelStrategy):
             ranks.watch_with(None)
             self._watch = None
         super().teardown()
+
+
+def _hang_up() -> None:
+    """Close the connections to the other ranks before the interpreter ends: gloo's threads must not outlive it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class RankStrategy(WatchedRanks, DDPStrategy):
