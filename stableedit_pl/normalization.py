@@ -43,8 +43,8 @@ QUADRATURE_WIDTH = 2048
 SINGLE_WIDTH = 1024
 """Width from which quadrature in float32 is the faster on a CPU, where the spectrum allows it."""
 
-SINGLE_TOLERANCE = 1e-5
-"""Relative error of its nodes: two orders below what solvers must agree to."""
+SINGLE_TOLERANCE = 1e-4
+"""Relative error of its nodes: an order below what solvers must agree to, and a node in six less than for 1e-5."""
 
 SINGLE_ERROR = 1e-3
 """Largest product of float32's epsilon and the condition number with which a root is taken in float32: a bound on
