@@ -2,14 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
 from edit_runs import assert_same_state, curves, results, saved_state
-from test_ranks import STRUCK, alone, arguments, assert_same_run, together, weights_at
-from tiny import edit_rows, relative_difference, save_model, tiny_llama, write_stream
+from rank_runs import STRUCK, alone, arguments, assert_same_run, rank_settings, together, weights_at
+from tiny import relative_difference, save_model, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from stableedit_pl import EditTrainer, LifelongEditor
@@ -51,34 +50,9 @@ def odd_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def config(tmp_path: Path, odd_llama: str, warmup_file: str) -> Path:
     """33 edits in turns of 8, the fifth with one; a site divided by columns, two by rows; a layer below them all."""
-    settings: dict[str, Any] = {
-        "model": {
-            "base_model": odd_llama,
-            "sites": ["model.layers.1.mlp.up_proj", "model.layers.{1..2}.mlp.down_proj"],
-            "step_size": 1e-2,
-            "ridge": 1.0,
-        },
-        "data": {
-            "path": write_stream(tmp_path / "edits.jsonl", edit_rows(33)),
-            "warmup_path": warmup_file,
-            "turn_size": 8,
-            "micro_batch_size": 3,
-        },
-        "trainer": {
-            "accelerator": "cpu",
-            "enable_progress_bar": False,
-            "callbacks": [
-                {"class_path": "WarmUp", "init_args": {"position": "q1"}},
-                {
-                    "class_path": "EditEvaluation",
-                    "init_args": {"every_n_turns": 2, "sample_size": 13, "also_score": ["greedy_match"]},
-                },
-                {"class_path": "StabilityMonitor"},
-                {"class_path": "RankAgreement", "init_args": {"every_n_turns": 1}},
-                {"class_path": "TurnCheckpoint", "init_args": {"every_n_turns": 2, "keep": 10}},
-            ],
-        },
-    }
+    sites = ["model.layers.1.mlp.up_proj", "model.layers.{1..2}.mlp.down_proj"]
+    model = {"base_model": odd_llama, "sites": sites, "step_size": 1e-2}
+    settings = rank_settings(model, tmp_path / "edits.jsonl", warmup_file, {"also_score": ["greedy_match"]})
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(settings))
     return file
