@@ -19,6 +19,7 @@ from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.errors import IncompatibleCheckpoint, SettingError
 from stableedit_pl.ledger import LedgerError
 from stableedit_pl.run_directory import RunDirectoryError
+from stableedit_pl.stop_signals import StopRequested
 
 # A process of its own that is struck once, as scripts/chaos.py does it many times.
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -303,3 +304,37 @@ def test_captures_keep_their_precision_and_scores_may_change_theirs(
     assert results(tmp_path / "plain")["measured"]["precision"] == "the trainer's, 32-true"
     with pytest.raises(SettingError, match=r"EditEvaluation.precision"):
         EditEvaluation(precision="int8")  # type: ignore[arg-type]
+
+
+def test_slurms_warning_to_one_process_requeues_the_job_and_the_run_goes_on(
+    tmp_path: Path, llama_folder: str, stream_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the first moment on Lightning's own handler, which saves in the middle of a turn, is not there."""
+    data, run, asked = {"path": stream_file}, tmp_path / "run", tmp_path / "asked"
+    whole = fit(tmp_path / "whole", llama_folder, data)
+    program = tmp_path / "scontrol"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    program.chmod(0o755)
+    job = {"JOB_ID": "12", "JOB_NAME": "edits", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        for name, value in job.items():
+            patch.setenv(f"SLURM_{name}", value)
+        before = signal.getsignal(signal.SIGUSR1)
+
+        class Warned(StabilityMonitor):
+            def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+                """Before TurnCheckpoint's turn, after Lightning's."""
+                assert signal.getsignal(signal.SIGUSR1) is before
+                super().on_train_start(trainer, pl_module)
+
+            def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+                if batch.index == 2:
+                    signal.raise_signal(signal.SIGUSR1)
+
+        with pytest.raises(StopRequested, match="SIGUSR1 after turn 3"):
+            fit(run, llama_folder, data, callbacks=[Warned()])
+        assert asked.read_text() == "requeue 12\n" and signal.getsignal(signal.SIGUSR1) is before
+        resumed = fit(run, llama_folder, data, ckpt_path="last")
+    assert not list(run.glob("hpc_ckpt*"))
+    assert_same_state(resumed.state_dict(), whole.state_dict())
