@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from stableedit_pl import ranks
 from stableedit_pl.device_maps import AUTOMATIC, Demand, Plan, key_of, model_bytes, plan_automatic, plan_explicit
@@ -69,11 +70,16 @@ class DevicePlacement(Callback):
 
         Raises:
             MisconfigurationException: if a device does not exist or is another process's, or accelerate is needed and
-                missing.
+                missing, or the strategy divides the model.
             PlacementError: if there is not enough memory.
         """
         if not isinstance(pl_module, LifelongEditor):
             raise MisconfigurationException("DevicePlacement needs a LifelongEditor")
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            raise MisconfigurationException(
+                "DevicePlacement places a model that one process holds whole; under strategy sharded the processes "
+                "hold it in parts, and the editor's state lives beside each part: leave out DevicePlacement, or use ddp"
+            )
         root = as_device(trainer.strategy.root_device)
         wanted, chosen = self._editor_devices(root)
         device_map = self._model_devices(root)

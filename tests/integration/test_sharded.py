@@ -201,6 +201,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path, config: Path, gpt
             ],
             "GPT2LMHeadModel states no tensor-parallel plan",
         ),
+        (["--trainer.callbacks+=DevicePlacement"], "leave out DevicePlacement, or use ddp"),
     ):
         stopped = together([*arguments(config, run), *sharded(FSDP_2), *more])
         assert stopped.returncode == 1, stopped.stderr
