@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from stableedit_pl.inverse_root import root_operations
+from stableedit_pl.ridge import ridge_operations
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -127,7 +130,7 @@ class Shape:
         rate = gpu.near if count <= gpu.machine else gpu.far
         gather = (2 * gpu.start + 4 * n * (self.d_in + self.d_out) * self.sites / rate) if count > 1 else 0.0
         d, rank = self.d_out, min(n, self.d_in)
-        one = self.nodes * (d**3 / 3 + 2 * n * d * d) + 2 * n * self.d_in * rank + rank**3 / 3 + 2 * rank * rank * d
+        one = root_operations(round(n), d, self.nodes) + ridge_operations(round(n), self.d_in, d)
         most = -(-self.sites // count)
         everywhere = self.sites * (2 * n * d * d / gpu.double + 12 * self.d_in * d / gpu.memory)
         sent = 8 * self.sites * (rank * d + (n * n if n < self.d_in else 0))

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from stableedit_pl import ranks
+from stableedit_pl.inverse_root import root_operations
 from stableedit_pl.method import Problem, Solution, solve_all
-from stableedit_pl.ridge import SiteUpdate
+from stableedit_pl.ridge import SiteUpdate, ridge_operations
+from stableedit_pl.statistics import Rows
 
 DivideAlgebra = Literal["auto", "always", "never"]
 
@@ -35,6 +37,10 @@ class Speed:
 
 SPEEDS = {"cpu": Speed(2e10, 5e8, 1e-3), "cuda": Speed(5e12, 1e10, 5e-5)}
 """One CPU core with gloo; a GPU with NCCL, by the slower of what is sold for such work."""
+
+
+NODES = 10
+"""Of a quadrature, about: they grow with the logarithm of the rows seen."""
 
 
 @dataclass(frozen=True)
@@ -76,18 +82,16 @@ def divided(problems: Sequence[Problem], count: int) -> Division:
 
 def operations(problem: Problem) -> float:
     """About how many operations a problem takes (docs/performance.md): its root, and each site's ridge system."""
-    d = problem.gradient_moments.mean.shape[0]
+    d_out = problem.gradient_moments.mean.shape[0]
     together = sum(len(rows.keys) for rows in problem.rows.values())
     solver = problem.solver()
-    root = 0.0
-    if solver == "eigh":
-        root = 9.0 * d**3 + 4.0 * together * d * d
-    elif solver is not None:
-        root = 10 * (d**3 / 3 + 2.0 * together * d * d)
-    for rows in problem.rows.values():
-        (n, d_in), rank = rows.keys.shape, min(rows.keys.shape)
-        root += 2.0 * n * d_in * rank + rank**3 / 3 + 2.0 * rank * rank * d
-    return root
+    root = 0.0 if solver is None else root_operations(together, d_out, None if solver == "eigh" else NODES)
+    return root + sum(ridge_operations(*_sizes(rows), d_out) for rows in problem.rows.values())
+
+
+def _sizes(rows: Rows) -> tuple[int, int]:
+    n, d_in = rows.keys.shape
+    return n, d_in
 
 
 def solve_together(problems: Sequence[Problem], divide: DivideAlgebra = "auto") -> dict[str, Solution]:
@@ -127,7 +131,7 @@ def _shapes(problem: Problem) -> list[tuple[str, tuple[int, int, int]]]:
     width = problem.gradient_moments.mean.shape[0]
     shapes = []
     for name, rows in problem.rows.items():
-        n, d_in = rows.keys.shape
+        n, d_in = _sizes(rows)
         shapes.append((name, (n, width, n) if n < d_in else (d_in, width, 0)))
     return shapes
 

@@ -149,6 +149,19 @@ def apply_by_quadrature(
     return (total * scale).T.to(rows.dtype)
 
 
+def root_operations(rows: int, width: int, nodes: int | None) -> float:
+    """About how many operations it takes to whiten rows, a multiply-add counted as two.
+
+    Args:
+        rows: ``N``.
+        width: ``d``.
+        nodes: of the quadrature; None for an eigendecomposition.
+    """
+    if nodes is None:
+        return 9.0 * width**3 + 4.0 * rows * width**2
+    return nodes * (width**3 / 3 + 2.0 * rows * width**2)
+
+
 def clamped_eigenvalues(eigenvalues: Tensor, eigenvalue_floor: float) -> Tensor:
     """Ascending eigenvalues ``[d]``, none below the floor or float32's epsilon (the scatter's) times the largest."""
     return torch.maximum(eigenvalues, eigenvalues[-1] * torch.finfo(torch.float32).eps).clamp_(min=eigenvalue_floor)

@@ -13,10 +13,11 @@ from typing import Literal
 import torch
 
 from stableedit_pl.errors import SettingError
-from stableedit_pl.inverse_root import quadrature_nodes
+from stableedit_pl.inverse_root import quadrature_nodes, root_operations
 from stableedit_pl.memory import F32, F64, planned_bytes
 from stableedit_pl.method import MethodSettings
 from stableedit_pl.normalization import choose_solver
+from stableedit_pl.ridge import ridge_operations
 from stableedit_pl.statistics import StatisticsScope
 
 HOST = torch.device("cpu")
@@ -106,13 +107,14 @@ class Needs:
         rank = min(rows, d_in)
         there = F32 * rows * (d_in + d_out)
         back = site.itemsize * d_in * d_out if self.master(site) else F32 * rank * d_in + F64 * rank * d_out
-        flop = 2.0 * rows * d_out**2 + rank * rows * (d_in + 2 * d_out) + rank**3 / 3 + 2 * rank * d_in * d_out
+        # Moments, ridge, and the update added to the master.
+        flop = 2.0 * rows * d_out**2 + ridge_operations(rows, d_in, d_out) + 2 * rank * d_in * d_out
         solver = self._solver(site, device)
         if solver == "eigh":
-            flop += 9 * d_out**3
+            flop += root_operations(rows, d_out, None)
         elif solver == "quadrature":  # nodes grow with the logarithm of the rows seen: those of the thousandth turn
             nodes = len(quadrature_nodes(1 + 1000 * rows / self.settings.prior_strength))
-            flop += nodes * (d_out**3 / 3 + 2 * rows * d_out**2)
+            flop += root_operations(rows, d_out, nodes)
         return there, back, flop
 
 

@@ -87,6 +87,13 @@ def ridge_update(keys: Tensor, values: Tensor, ridge: float) -> tuple[SiteUpdate
     return SiteUpdate(left=torch.eye(d_in, dtype=keys.dtype, device=keys.device), right=right), failed
 
 
+def ridge_operations(rows: int, d_in: int, d_out: int) -> float:
+    """About how many operations :func:`ridge_update` takes, a multiply-add counted as two."""
+    rank = min(rows, d_in)
+    cross = 2.0 * rows * d_in * d_out if rank < rows else 0.0
+    return 2.0 * rows * d_in * rank + cross + rank**3 / 3 + 2.0 * rank * rank * d_out
+
+
 def _solve(gram: Tensor, rhs: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """``(gram + ridge I)^{-1} rhs`` by Cholesky, and what the factorization says of itself; ``gram`` is overwritten."""
     gram.diagonal().add_(ridge)
