@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import relative_difference
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from stableedit_pl.inverse_root import (
     TOLERANCE,
@@ -16,6 +17,7 @@ from stableedit_pl.inverse_root import (
     inverse_root_of,
     jacobi,
     quadrature_nodes,
+    root_operations,
 )
 
 KAPPAS = [1.0, 1.5, 3.0, 301.0, 1e4, 1e6, 8e6]
@@ -150,3 +152,12 @@ def test_eigenvalues_are_clamped_by_floor_and_epsilon() -> None:
     lowest = 4 * torch.finfo(torch.float32).eps
     assert clamped_eigenvalues(values, 0.0).tolist() == [lowest, lowest, 1.0, 4.0]
     assert clamped_eigenvalues(values, 2.0).tolist() == [2.0, 2.0, 2.0, 4.0]
+
+
+def test_operations_of_a_root_are_those_of_its_products_and_factors() -> None:
+    rows, covariance = torch.randn(9, 5), torch.eye(5, dtype=torch.float64)
+    with FlopCounterMode(display=False) as counter:  # of products; it does not know factorizations
+        apply_by_eigh(covariance, 0.0, rows)
+    assert root_operations(9, 5, None) == pytest.approx(9 * 5**3 + counter.get_total_flops())
+    factor, solves = 5**3 / 3, 2 * 9 * 5**2
+    assert root_operations(9, 5, 7) == pytest.approx(7 * (factor + solves))

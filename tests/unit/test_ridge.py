@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import relative_difference
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from stableedit_pl import ridge as ridge_module
-from stableedit_pl.ridge import SiteUpdate, targets, unsolvable
+from stableedit_pl.ridge import SiteUpdate, ridge_operations, targets, unsolvable
 
 
 def ridge_update(keys: Tensor, values: Tensor, ridge: float) -> SiteUpdate:
@@ -185,3 +186,12 @@ def test_keys_that_are_not_finite_fail_without_an_exception(n: int) -> None:
     assert failed.item() != 0
     size = min(n, 4)
     assert unsolvable(update, 1.0).startswith(f"the {size}x{size} ridge system is not positive definite")
+
+
+@pytest.mark.parametrize(("rows", "d_in", "d_out"), [(5, 12, 7), (12, 5, 7)])
+def test_operations_are_those_of_the_products_and_the_solve(rows: int, d_in: int, d_out: int) -> None:
+    with FlopCounterMode(display=False) as counter:  # of products; it does not know factorizations
+        ridge_update(torch.randn(rows, d_in), torch.randn(rows, d_out), 1.0)
+    rank = min(rows, d_in)
+    solve = rank**3 / 3 + 2 * rank**2 * d_out
+    assert ridge_operations(rows, d_in, d_out) == pytest.approx(counter.get_total_flops() + solve)
