@@ -10,15 +10,23 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from stableedit_pl import ranks
-from stableedit_pl.device_maps import AUTOMATIC, Demand, Plan, key_of, model_bytes, plan_automatic, plan_explicit
+from stableedit_pl.data.stream import EditStream
+from stableedit_pl.devices import ranks
+from stableedit_pl.devices.device_maps import (
+    AUTOMATIC,
+    Demand,
+    Plan,
+    key_of,
+    model_bytes,
+    plan_automatic,
+    plan_explicit,
+)
+from stableedit_pl.devices.placement import HOST, Needs, Wanted, cost_in_host, listed, size, table
+from stableedit_pl.devices.rank_devices import accelerators, as_device, foreign_devices, free_bytes, rank_devices
 from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.errors import SettingError
-from stableedit_pl.loading import load_skeleton
-from stableedit_pl.placement import HOST, Needs, Wanted, cost_in_host, listed, size, table
-from stableedit_pl.rank_devices import accelerators, as_device, foreign_devices, free_bytes, rank_devices
-from stableedit_pl.sites import resolve_sites
-from stableedit_pl.stream import EditStream
+from stableedit_pl.model.loading import load_skeleton
+from stableedit_pl.model.sites import resolve_sites
 
 log = logging.getLogger(__name__)
 

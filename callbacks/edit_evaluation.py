@@ -6,16 +6,17 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 
-from stableedit_pl import ranks
-from stableedit_pl.curves import log_curves
+from stableedit_pl.data.record_encoding import EncodedRecord
+from stableedit_pl.data.stream import EditStream
+from stableedit_pl.devices import ranks
 from stableedit_pl.editor import LifelongEditor
-from stableedit_pl.encoding import chunks
 from stableedit_pl.errors import SettingError, require_choice
-from stableedit_pl.lower_outputs import LowerOutputs
-from stableedit_pl.record_encoding import EncodedRecord
-from stableedit_pl.results import write_results
-from stableedit_pl.scoring import KINDS, EditScores, RecordAnswers, ScoringPrecision, ScoringRule
-from stableedit_pl.stream import EditStream
+from stableedit_pl.model.asking import ScoringPrecision, ScoringRule
+from stableedit_pl.model.encoding import chunks
+from stableedit_pl.model.lower_outputs import LowerOutputs
+from stableedit_pl.model.scoring import KINDS, EditScores, RecordAnswers
+from stableedit_pl.run.curves import log_curves
+from stableedit_pl.run.results import write_results
 
 
 class EditEvaluation(Callback):

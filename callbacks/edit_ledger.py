@@ -5,9 +5,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from stableedit_pl.editor import LifelongEditor
-from stableedit_pl.ledger import Ledger, Position
-from stableedit_pl.report import TurnReport
-from stableedit_pl.run_directory import RunDirectory
+from stableedit_pl.run.files.directory import RunDirectory
+from stableedit_pl.run.files.ledger import Ledger, Position
+from stableedit_pl.run.report import TurnReport
 
 
 class EditLedger(Callback):
@@ -16,7 +16,7 @@ class EditLedger(Callback):
     A line has ``id``, ``turn`` (0-based), ``phase``, ``loss_before`` and ``loss_after`` (cross entropy in nats, summed
     over the answer tokens), ``known_before`` (the model already gave the target: the edit is a no-op), ``at_edit``
     (score right after the turn; null where the weights were left alone) and ``hash`` (running, see
-    ``stableedit_pl.ledger``). Edits of a rejected turn go to ``rejected.jsonl`` instead, with the ``reason``.
+    ``stableedit_pl.run.files.ledger``). Edits of a rejected turn go to ``rejected.jsonl`` instead, with the ``reason``.
 
     A resumed run first drops the lines of turns that its checkpoint does not have; they are applied again.
     """

@@ -4,10 +4,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from stableedit_pl import ranks
+from stableedit_pl.devices import ranks
 from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.errors import SettingError
-from stableedit_pl.saved_state import STATISTICS, weight_name
+from stableedit_pl.run.files.saved_state import STATISTICS, weight_name
 
 
 class RankAgreement(Callback):

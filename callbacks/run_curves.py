@@ -6,9 +6,9 @@ import yaml
 from lightning.pytorch import Callback, Trainer
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-from stableedit_pl.curves import LAYOUT, log_curves, tensorboard_writers
 from stableedit_pl.editor import LifelongEditor
-from stableedit_pl.plain import plain
+from stableedit_pl.run.curves import LAYOUT, log_curves, tensorboard_writers
+from stableedit_pl.run.files.plain import plain
 
 
 class RunCurves(Callback):

@@ -6,14 +6,14 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from stableedit_pl.closed_form import ClosedFormEdit
-from stableedit_pl.curves import log_curves
 from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.errors import SettingError
-from stableedit_pl.normalization import spectrum
-from stableedit_pl.planning import TurnPlan
-from stableedit_pl.ridge import SiteUpdate
-from stableedit_pl.sites import Site
+from stableedit_pl.method.normalization import spectrum
+from stableedit_pl.method.planning import TurnPlan
+from stableedit_pl.method.ridge import SiteUpdate
+from stableedit_pl.model.closed_form import ClosedFormEdit
+from stableedit_pl.model.sites import Site
+from stableedit_pl.run.curves import log_curves
 
 
 class StabilityMonitor(Callback):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save
 
 from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.errors import SettingError
-from stableedit_pl.run_directory import RunDirectory, write_atomically
+from stableedit_pl.run.files.directory import RunDirectory, write_atomically
 
 
 class StatisticsCheckpoint(Callback):

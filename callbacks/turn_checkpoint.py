@@ -9,11 +9,12 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from stableedit_pl import ranks, slurm
+from stableedit_pl.devices import ranks
 from stableedit_pl.errors import SettingError
-from stableedit_pl.freed_memory import hand_back
-from stableedit_pl.run_directory import RunDirectory, flush_directory
-from stableedit_pl.stop_signals import StopRequested, StopSignals
+from stableedit_pl.run import slurm
+from stableedit_pl.run.files.directory import RunDirectory, flush_directory
+from stableedit_pl.run.freed_memory import hand_back
+from stableedit_pl.run.stop_signals import StopRequested, StopSignals
 
 log = logging.getLogger(__name__)
 

@@ -5,10 +5,10 @@ from typing import Literal
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from stableedit_pl.data.stream import EditStream
+from stableedit_pl.data.turns import WarmUpMode, WarmUpPosition, WarmUpSettings
 from stableedit_pl.errors import SettingError
-from stableedit_pl.normalization import Normalization
-from stableedit_pl.stream import EditStream
-from stableedit_pl.turns import WarmUpMode, WarmUpPosition, WarmUpSettings
+from stableedit_pl.method.normalization import Normalization
 
 
 class WarmUp(Callback):

@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from stableedit_pl.data.stream import EditStream
+    from stableedit_pl.devices.sharded_strategy import ShardedStrategy
     from stableedit_pl.editor import LifelongEditor
-    from stableedit_pl.sharded_strategy import ShardedStrategy
-    from stableedit_pl.stream import EditStream
     from stableedit_pl.trainer import EditTrainer
 
 __all__ = ["EditStream", "EditTrainer", "LifelongEditor", "ShardedStrategy", "__version__"]
 
 _HOMES = {
     "LifelongEditor": "editor",
-    "EditStream": "stream",
+    "EditStream": "data.stream",
     "EditTrainer": "trainer",
-    "ShardedStrategy": "sharded_strategy",
+    "ShardedStrategy": "devices.sharded_strategy",
 }
 
 

@@ -15,29 +15,32 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
-from stableedit_pl import ranks
-from stableedit_pl.capture import Captured, LossReduction
-from stableedit_pl.checkpoint_io import read_checkpoint
-from stableedit_pl.closed_form import BadTurns, ClosedFormEdit, EditorState, StepInput
-from stableedit_pl.compatibility import base_model_digest, refuse_differences, stored_identity, tokenizer_digest
-from stableedit_pl.division import DivideAlgebra, solve_together
-from stableedit_pl.editable_model import EditableModel, SpecificityReference
-from stableedit_pl.errors import SettingError, require_choice
-from stableedit_pl.guards import check_trainer
-from stableedit_pl.loading import ModelDtype
-from stableedit_pl.method import MethodSettings
-from stableedit_pl.normalization import Normalization, WhiteningSolver
-from stableedit_pl.report import TurnReport
-from stableedit_pl.saved_state import load_tensors, saved_tensors
-from stableedit_pl.scoring import ScoringRule, match
-from stableedit_pl.shares import Share, capture_together, gather_edits
-from stableedit_pl.statistics import LNStatistics, StatisticsScope
-from stableedit_pl.turns import Turn
+from stableedit_pl.data.turns import Turn
+from stableedit_pl.devices import ranks
+from stableedit_pl.devices.division import DivideAlgebra, solve_together
+from stableedit_pl.devices.shares import Share, gather_edits
+from stableedit_pl.errors import SettingError, refuse_differences, require_choice
+from stableedit_pl.method.normalization import Normalization, WhiteningSolver
+from stableedit_pl.method.settings import MethodSettings
+from stableedit_pl.method.statistics import LNStatistics, StatisticsScope
+from stableedit_pl.model.asking import ScoringRule
+from stableedit_pl.model.capture import Captured, LossReduction
+from stableedit_pl.model.closed_form import BadTurns, ClosedFormEdit, EditorState, StepInput
+from stableedit_pl.model.digests import base_model_digest, tokenizer_digest
+from stableedit_pl.model.editable_model import SpecificityReference
+from stableedit_pl.model.loading import ModelDtype
+from stableedit_pl.model.scoring import match
+from stableedit_pl.model.shared_capture import capture_together
+from stableedit_pl.run.files.checkpoint_io import read_checkpoint
+from stableedit_pl.run.files.saved_state import load_tensors, saved_tensors, stored_identity
+from stableedit_pl.run.guards import check_trainer
+from stableedit_pl.run.report import TurnReport
+from stableedit_pl.run.scored_model import ScoredModel
 
 MasterDtype = Literal["float32", "model"]
 
 
-class LifelongEditor(EditableModel):
+class LifelongEditor(ScoredModel):
     """Edits a causal language model turn by turn with lifelong normalization (StableEdit, arXiv 2605.11836).
 
     Args:

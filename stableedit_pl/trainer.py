@@ -5,15 +5,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import Strategy
 
-from stableedit_pl import ranks
 from stableedit_pl.callbacks import (
     EditEvaluation,
     EditLedger,
@@ -23,13 +20,14 @@ from stableedit_pl.callbacks import (
     TurnCheckpoint,
     TurnProgress,
 )
-from stableedit_pl.checkpoint_io import AtomicCheckpointIO
+from stableedit_pl.callbacks.settings_file import SettingsFile
+from stableedit_pl.devices import ranks
+from stableedit_pl.devices.sharded_strategy import strategies_of_a_stream
 from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.errors import SettingError
-from stableedit_pl.plain import plain
-from stableedit_pl.run_directory import LAST, RunDirectory, RunDirectoryError
-from stableedit_pl.scoring import KINDS
-from stableedit_pl.sharded_strategy import strategies_of_a_stream
+from stableedit_pl.model.scoring import KINDS
+from stableedit_pl.run.files.checkpoint_io import AtomicCheckpointIO
+from stableedit_pl.run.files.directory import LAST, RunDirectory, RunDirectoryError
 
 
 class EditTrainer(Trainer):
@@ -284,23 +282,6 @@ class EditTrainer(Trainer):
         missing = [make() for kind, make, use in defaults if use and not any(isinstance(c, kind) for c in given)]
         own: list[Callback] = [c for c in missing if not isinstance(c, Checkpoint)]
         return [*own, *given, *(c for c in missing if isinstance(c, Checkpoint))]
-
-
-class SettingsFile(Callback):
-    """Writes ``config.yaml`` for a run started from Python; the command line saves its own."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write when the run starts or resumes; a run that fails before its first turn leaves no file behind."""
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if not trainer.is_global_zero or any(isinstance(callback, SaveConfigCallback) for callback in callbacks):
-            return
-        run = RunDirectory(trainer.default_root_dir)
-        settings = {
-            "run_dir": str(run.path),
-            "model": plain(dict(pl_module.hparams)),
-            "data": plain(dict(trainer.datamodule.hparams)),  # type: ignore[attr-defined]
-        }
-        run.next_config().write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
 
 def _interleaved(by_rank: list[list[list[Any]]]) -> list[list[Any]]:

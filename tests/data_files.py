@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from stableedit_pl.readers import read_records
-from stableedit_pl.records import DataError
+from stableedit_pl.data.readers import read_records
+from stableedit_pl.data.records import DataError
 
 Write = Callable[..., Path]
 

@@ -9,8 +9,8 @@ from tiny import LLAMA_SITE
 from torch import Tensor
 
 from stableedit_pl.callbacks import EditEvaluation
+from stableedit_pl.data.stream import EditStream
 from stableedit_pl.editor import LifelongEditor
-from stableedit_pl.stream import EditStream
 from stableedit_pl.trainer import EditTrainer
 
 

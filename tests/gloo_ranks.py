@@ -13,11 +13,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from stableedit_pl import ranks
+from stableedit_pl.devices import ranks
 
 # Imports take longer than any of these tests: a server takes them once, and ranks are forked from it.
 multiprocessing.set_forkserver_preload(
-    ["stableedit_pl.editor", "stableedit_pl.readers", "transformers.models.llama.modeling_llama", "torch.profiler"]
+    ["stableedit_pl.editor", "stableedit_pl.data.readers", "transformers.models.llama.modeling_llama", "torch.profiler"]
 )
 
 

@@ -12,7 +12,7 @@ import torch
 from edit_runs import ledger, results, saved_state
 from tiny import edit_rows, relative_difference, write_stream
 
-from stableedit_pl.cli import main
+from stableedit_pl.cli.command import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,7 +22,9 @@ STRUCK = f"""
 FINAL_SCORES = {FINAL_SCORES}
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-from stableedit_pl import cli, editor, shares
+from stableedit_pl import editor
+from stableedit_pl.cli import command as cli
+from stableedit_pl.model import shared_capture as shares
 rank, turn, how = int(os.environ["STRUCK_RANK"]), int(os.environ["STRUCK_TURN"]), os.environ["STRUCK_HOW"]
 step, capture = editor.LifelongEditor.training_step, shares.capture
 mine = int(os.environ.get("LOCAL_RANK", "0")) == rank

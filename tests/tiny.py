@@ -9,9 +9,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from stableedit_pl.ridge import SiteUpdate
-from stableedit_pl.sites import Site
-from stableedit_pl.workspace import Workspace, workspace_sizes
+from stableedit_pl.method.ridge import SiteUpdate
+from stableedit_pl.method.workspace import Workspace, workspace_sizes
+from stableedit_pl.model.sites import Site
 
 WORDS = [f"w{i}" for i in range(60)]
 LLAMA_SITE = "model.layers.1.mlp.down_proj"

@@ -1,4 +1,4 @@
-"""A small model that knows an invented world, and streams of edits to it; made by ``scripts/build_demo.py``."""
+"""A small model that knows an invented world, and streams of edits to it; made by ``scripts/demo/build_demo.py``."""
 
 from pathlib import Path
 

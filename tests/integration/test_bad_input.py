@@ -21,8 +21,8 @@ from edit_runs import fit
 from safetensors.torch import load_file, save_file
 from tiny import LLAMA_SITE, edit_rows, write_stream
 
-from stableedit_pl.checkpoint_io import read_checkpoint
-from stableedit_pl.cli import main
+from stableedit_pl.cli.command import main
+from stableedit_pl.run.files.checkpoint_io import read_checkpoint
 
 GOOD = edit_rows(3)
 

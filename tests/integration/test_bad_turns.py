@@ -11,8 +11,8 @@ from tiny import LLAMA_SITE, edit_rows, write_stream
 
 from stableedit_pl import editor as editor_module
 from stableedit_pl.callbacks import EditEvaluation, StabilityMonitor, TurnCheckpoint
-from stableedit_pl.planning import BadTurn
-from stableedit_pl.verify import verify_run
+from stableedit_pl.cli.verify import verify_run
+from stableedit_pl.method.planning import BadTurn
 
 BAD_TURN = 2
 

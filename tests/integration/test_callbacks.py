@@ -22,7 +22,7 @@ from stableedit_pl.callbacks import (
 )
 from stableedit_pl.callbacks.statistics_checkpoint import describe_statistics
 from stableedit_pl.errors import SettingError
-from stableedit_pl.partial_forward import PartialForward
+from stableedit_pl.model.partial_forward import PartialForward
 
 # ---- WarmUp
 
@@ -174,7 +174,7 @@ def test_reused_lower_layers_change_no_score(
 
     in_full, everything = run("plain", 0)
     with monkeypatch.context() as patch:
-        patch.setattr("stableedit_pl.partial_forward._layers_below", lambda model, sites: ())
+        patch.setattr("stableedit_pl.model.partial_forward._layers_below", lambda model, sites: ())
         _, never = run("never", 0)
     fewer, reused = run("reused", 100)
     assert 0 < fewer < 0.7 * in_full  # the captures, and every prompt once

@@ -1,11 +1,11 @@
-"""The short form of scripts/chaos.py."""
+"""The short form of scripts/endurance/chaos.py."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-CHAOS = Path(__file__).parents[2] / "scripts/chaos.py"
+CHAOS = Path(__file__).parents[2] / "scripts/endurance/chaos.py"
 
 
 def test_twenty_stops_leave_no_trace(tmp_path: Path) -> None:

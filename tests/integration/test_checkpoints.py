@@ -14,10 +14,10 @@ import torch
 from edit_runs import assert_same_state, fit, ledger, results, saved_state
 
 from stableedit_pl.callbacks import EditEvaluation, StabilityMonitor, TurnCheckpoint
-from stableedit_pl.checkpoint_io import CheckpointError, read_checkpoint, tensor_bytes
-from stableedit_pl.export import load_run
-from stableedit_pl.integrity import damage
-from stableedit_pl.run_directory import RunDirectoryError
+from stableedit_pl.cli.export import load_run
+from stableedit_pl.run.files.checkpoint_io import CheckpointError, read_checkpoint, tensor_bytes
+from stableedit_pl.run.files.directory import RunDirectoryError
+from stableedit_pl.run.files.integrity import damage
 
 
 def every_turn() -> list[Any]:
@@ -144,7 +144,8 @@ FULL_DISK = """
 import resource, sys
 import torch
 torch.set_num_threads(1)
-from stableedit_pl import callbacks, cli
+from stableedit_pl import callbacks
+from stableedit_pl.cli import command as cli
 from stableedit_pl.callbacks import TurnCheckpoint
 limit = int(sys.argv[1])
 real = TurnCheckpoint._save

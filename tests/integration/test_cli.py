@@ -11,7 +11,7 @@ from edit_runs import ledger, results, saved_state
 from tiny import LLAMA_SITE, edit_rows, write_stream
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stableedit_pl.cli import main
+from stableedit_pl.cli.command import main
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,7 +11,7 @@ import yaml
 from edit_runs import ledger
 from tiny import LLAMA_SITE, edit_rows, write_stream
 
-from stableedit_pl.cli import main
+from stableedit_pl.cli.command import main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SEVERAL = {"two_processes_cpu.yaml", "sharded.yaml"}

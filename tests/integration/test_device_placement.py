@@ -9,15 +9,15 @@ from edit_runs import assert_same_state, fit, updates
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from tiny import LLAMA_SITE, relative_difference, tiny_llama
 
-from stableedit_pl import editable_model
 from stableedit_pl.callbacks import DevicePlacement, EditEvaluation, device_placement
 from stableedit_pl.callbacks.device_placement import existing_device
+from stableedit_pl.data.stream import EditStream
+from stableedit_pl.devices.memory import planned_bytes
+from stableedit_pl.devices.placement import HOST, PlacementError, size
+from stableedit_pl.devices.rank_devices import as_device
 from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.errors import SettingError
-from stableedit_pl.memory import planned_bytes
-from stableedit_pl.placement import HOST, PlacementError, size
-from stableedit_pl.rank_devices import as_device
-from stableedit_pl.stream import EditStream
+from stableedit_pl.model import editable_model
 from stableedit_pl.trainer import EditTrainer
 
 GPU = [torch.device("cuda", index) for index in range(2)]

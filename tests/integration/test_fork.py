@@ -8,7 +8,7 @@ from edit_runs import assert_same_state, fit, ledger, results, saved_state
 from tiny import LLAMA_SITE, edit_rows, write_stream
 
 from stableedit_pl.errors import IncompatibleCheckpoint
-from stableedit_pl.run_directory import RunDirectoryError
+from stableedit_pl.run.files.directory import RunDirectoryError
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from edit_runs import assert_same_state, fit, ledger, saved_state
 from lightning.pytorch import Callback
 
 from stableedit_pl.callbacks import TurnCheckpoint
-from stableedit_pl.turns import Slot, Turn, TurnBuilder
+from stableedit_pl.data.turns import Slot, Turn, TurnBuilder
 
 
 class StopAt(Callback):

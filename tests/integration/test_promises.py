@@ -10,7 +10,7 @@ from edit_runs import assert_same_state, fit, ledger, results, saved_state, upda
 from tiny import LLAMA_SITE, edit_rows, relative_difference, write_stream
 
 from stableedit_pl.callbacks import EditEvaluation, WarmUp
-from stableedit_pl.planning import BadTurn
+from stableedit_pl.method.planning import BadTurn
 
 SITES = {"llama_folder": ["model.layers.0.mlp.down_proj", LLAMA_SITE], "gpt2_folder": ["transformer.h.*.mlp.c_proj"]}
 
@@ -63,7 +63,7 @@ def test_a_bad_turn_leaves_the_previous_turns_state(
 ) -> None:
     """A value gradient that is not finite in turn 3 stops the run with the state after turn 2."""
     from stableedit_pl import editor as module
-    from stableedit_pl import shares
+    from stableedit_pl.model import shared_capture as shares
 
     clean = fit(tmp_path / "clean", llama_folder, {"path": stream_file}, trainer={"max_steps": 3})
     real, seen = shares.capture, []

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stableedit_pl.readers import read_records
+from stableedit_pl.data.readers import read_records
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -17,18 +17,18 @@ from tiny import LLAMA_SITE, WORDS, edit_rows, relative_difference, save_model, 
 from stableedit_pl.callbacks import EditEvaluation, StabilityMonitor, TurnCheckpoint, WarmUp
 from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.errors import IncompatibleCheckpoint, SettingError
-from stableedit_pl.ledger import LedgerError
-from stableedit_pl.run_directory import RunDirectoryError
-from stableedit_pl.stop_signals import StopRequested
+from stableedit_pl.run.files.directory import RunDirectoryError
+from stableedit_pl.run.files.ledger import LedgerError
+from stableedit_pl.run.stop_signals import StopRequested
 
-# A process of its own that is struck once, as scripts/chaos.py does it many times.
+# A process of its own that is struck once, as scripts/endurance/chaos.py does it many times.
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 CHILD = f"""
 import sys
 sys.path.insert(0, {str(SCRIPTS)!r})
 import chaos
 import torch
-from stableedit_pl import cli
+from stableedit_pl.cli import command as cli
 torch.set_num_threads(1)
 point, how = sys.argv[1:3]
 if point != "nowhere":

@@ -21,7 +21,7 @@ def run(script: str, *arguments: str) -> tuple[int, str]:
 
 def test_benchmark_turn(tmp_path: Path) -> None:
     files = [f"--out={tmp_path / 'turn.json'}", f"--plot={tmp_path / 'turn.png'}"]
-    code, said = run("benchmark_turn.py", "--shape=tiny", "--repeats=1", "--edits=30", *files)
+    code, said = run("benchmarks/benchmark_turn.py", "--shape=tiny", "--repeats=1", "--edits=30", *files)
     figures = json.loads((tmp_path / "turn.json").read_text())
     assert code == 0 and "textbook / turn" in said and (tmp_path / "turn.png").stat().st_size > 5_000
     assert set(figures["seconds"]) == {"turn", "bare", "textbook"}
@@ -33,19 +33,19 @@ def test_benchmark_turn_says_that_it_needs_a_gpu() -> None:
 
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    code, said = run("benchmark_turn.py", "--shape=8b")
+    code, said = run("benchmarks/benchmark_turn.py", "--shape=8b")
     assert code == 2 and "needs a CUDA device" in said
 
 
 def test_benchmark_stream(tmp_path: Path) -> None:
-    _, said = run("benchmark_stream.py", "--turns=100", f"--out={tmp_path / 'stream.json'}")
+    _, said = run("benchmarks/benchmark_stream.py", "--turns=100", f"--out={tmp_path / 'stream.json'}")
     assert len(json.loads((tmp_path / "stream.json").read_text())["rows"]) == 10 and "last tenth over first" in said
 
 
 def test_benchmark_scaling(tmp_path: Path) -> None:
     """Bytes are those of the formula; seconds are not asserted."""
     given = ["--shape=tiny", "--processes", "1", "2", "--repeats=1", "--edits=30"]
-    code, said = run("benchmark_scaling.py", *given, f"--out={tmp_path / 'scaling.json'}")
+    code, said = run("benchmarks/benchmark_scaling.py", *given, f"--out={tmp_path / 'scaling.json'}")
     figures = json.loads((tmp_path / "scaling.json").read_text())
     assert code == 0 and "Measured: seconds of a turn" in said and "Predicted, not measured" in said
     two = figures["2"]
@@ -58,7 +58,7 @@ def test_benchmark_scaling(tmp_path: Path) -> None:
 
 
 def test_benchmark_evaluate(tmp_path: Path) -> None:
-    code, said = run("benchmark_evaluate.py", "--repeats=1", f"--out={tmp_path / 'evaluate.json'}")
+    code, said = run("benchmarks/benchmark_evaluate.py", "--repeats=1", f"--out={tmp_path / 'evaluate.json'}")
     figures = json.loads((tmp_path / "evaluate.json").read_text())
     assert code == 0 and said.count("answers equal") == 2
     assert figures["demo"]["equal"] and figures["deep"]["equal"]
@@ -66,6 +66,6 @@ def test_benchmark_evaluate(tmp_path: Path) -> None:
 
 def test_soak_with_a_kill(tmp_path: Path) -> None:
     """The ledger, the checks and the picture of a soak of 100 turns; throughput needs a longer one."""
-    _, said = run("soak.py", "--edits=2000", "--turn_size=20", "--kills=1", f"--folder={tmp_path}")
+    _, said = run("endurance/soak.py", "--edits=2000", "--turn_size=20", "--kills=1", f"--folder={tmp_path}")
     assert "ok   1 kills" in said and "ok   one ledger line per edit" in said and "ok   stableedit verify" in said
     assert (tmp_path / "soak.png").stat().st_size > 10_000

@@ -12,7 +12,7 @@ from tiny import relative_difference, save_model, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from stableedit_pl import EditTrainer, LifelongEditor
-from stableedit_pl.cli import main
+from stableedit_pl.cli.command import main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

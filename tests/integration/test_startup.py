@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from stableedit_pl import cli, front_page
-from stableedit_pl.edit_cli import EditCLI
+from stableedit_pl.cli import command as cli
+from stableedit_pl.cli import front_page
+from stableedit_pl.cli.edit_cli import EditCLI
+from stableedit_pl.data.stream import EditStream
 from stableedit_pl.editor import LifelongEditor
-from stableedit_pl.stream import EditStream
 from stableedit_pl.trainer import EditTrainer
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +38,7 @@ def loaded_after(arguments: list[str]) -> tuple[int, set[str]]:
     """Exit code of a fresh process, and which heavy packages it had imported in the end."""
     code = (
         "import json, sys\n"
-        "from stableedit_pl.cli import main\n"
+        "from stableedit_pl.cli.command import main\n"
         "try:\n    main(sys.argv[1:])\n"
         f"finally:\n    print('\\n' + json.dumps([name for name in {HEAVY} if name in sys.modules]))\n"
     )
@@ -94,6 +95,8 @@ def test_verify_imports_no_lightning_and_no_transformers(tmp_path: Path) -> None
 
 
 def test_imports_leave_garbage_collection_as_it_was() -> None:
-    code = "import gc, stableedit_pl.cli as c\ntry: c.main(['verify', '--help'])\nfinally: print(gc.isenabled())"
+    code = (
+        "import gc, stableedit_pl.cli.command as c\ntry: c.main(['verify', '--help'])\nfinally: print(gc.isenabled())"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.stdout.endswith("True\n")

@@ -11,9 +11,9 @@ from edit_runs import fit
 from safetensors.torch import load_file, save_file
 
 from stableedit_pl.callbacks import TurnCheckpoint
-from stableedit_pl.cli import main
-from stableedit_pl.run_directory import RunDirectoryError
-from stableedit_pl.verify import verify_run
+from stableedit_pl.cli.command import main
+from stableedit_pl.cli.verify import verify_run
+from stableedit_pl.run.files.directory import RunDirectoryError
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from tiny import GPT2_SITE, LLAMA_SITE, relative_difference, tiny_gpt2, tiny_llama, word_tokenizer
 from torch import nn
 
-from stableedit_pl.capture import Captured, answer_loss, tapped
-from stableedit_pl.capture import capture as capture_with
-from stableedit_pl.encoding import Encoder, Encoding, collate
-from stableedit_pl.micro_batches import in_order
-from stableedit_pl.partial_forward import PartialForward
-from stableedit_pl.sites import Site, resolve_sites
+from stableedit_pl.model.capture import Captured, answer_loss, tapped
+from stableedit_pl.model.capture import capture as capture_with
+from stableedit_pl.model.encoding import Encoder, Encoding, collate
+from stableedit_pl.model.micro_batches import in_order
+from stableedit_pl.model.partial_forward import PartialForward
+from stableedit_pl.model.sites import Site, resolve_sites
 
 LLAMA_SITES = ["model.layers.0.mlp.down_proj", LLAMA_SITE]
 GPT2_SITES = ["transformer.h.0.mlp.c_fc", GPT2_SITE]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from stableedit_pl import checkpoint_io
-from stableedit_pl.checkpoint_io import AtomicCheckpointIO, CheckpointError
+from stableedit_pl.run.files import checkpoint_io
+from stableedit_pl.run.files.checkpoint_io import AtomicCheckpointIO, CheckpointError
 
 IO = AtomicCheckpointIO()
 

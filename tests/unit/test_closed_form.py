@@ -11,15 +11,16 @@ from tiny import relative_difference
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from stableedit_pl import closed_form, workspace
-from stableedit_pl.capture import Captured
-from stableedit_pl.closed_form import ClosedFormEdit, EditorState, StepInput
-from stableedit_pl.method import MethodSettings
-from stableedit_pl.planning import BadTurn, TurnPlan, plan_turn
-from stableedit_pl.ridge import SiteUpdate
-from stableedit_pl.sites import Site
-from stableedit_pl.statistics import LNStatistics, Rows
-from stableedit_pl.workspace import Workspace
+from stableedit_pl.method import workspace
+from stableedit_pl.method.planning import BadTurn, TurnPlan, plan_turn
+from stableedit_pl.method.ridge import SiteUpdate
+from stableedit_pl.method.settings import MethodSettings
+from stableedit_pl.method.statistics import LNStatistics, Rows
+from stableedit_pl.method.workspace import Workspace
+from stableedit_pl.model import closed_form
+from stableedit_pl.model.capture import Captured
+from stableedit_pl.model.closed_form import ClosedFormEdit, EditorState, StepInput
+from stableedit_pl.model.sites import Site
 
 SETTINGS = MethodSettings(step_size=0.01, ridge=2.0)
 
@@ -149,7 +150,7 @@ def test_an_exception_before_the_commit_leaves_everything_as_it_was(where: str, 
     elif where == "plan":
         monkeypatch.setattr(closed_form, "draft_turn", fail)
     elif where == "read":
-        monkeypatch.setattr("stableedit_pl.planning.TurnDraft.read", fail)
+        monkeypatch.setattr("stableedit_pl.method.planning.TurnDraft.read", fail)
     elif where == "workspace":
         monkeypatch.setattr(closed_form, "Workspace", fail)
     with pytest.raises(MemoryError):

@@ -7,12 +7,12 @@ import pytest
 import torch
 from tiny import LLAMA_SITE, add_dense, tiny_gpt2, tiny_llama
 
-from stableedit_pl.compatibility import base_model_digest, refuse_differences
-from stableedit_pl.errors import IncompatibleCheckpoint
-from stableedit_pl.records import EditRecord
-from stableedit_pl.sites import resolve_sites
-from stableedit_pl.stream import EditStream
-from stableedit_pl.turns import WarmUpSettings
+from stableedit_pl.data.records import EditRecord
+from stableedit_pl.data.stream import EditStream
+from stableedit_pl.data.turns import WarmUpSettings
+from stableedit_pl.errors import IncompatibleCheckpoint, refuse_differences
+from stableedit_pl.model.digests import base_model_digest
+from stableedit_pl.model.sites import resolve_sites
 
 OLD = {"ridge": 10.0, "normalization": "whiten", "sites": ["a", "b"], "floor": None}
 

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stableedit_pl import callbacks
-from stableedit_pl.curves import LAYOUT, log_curves, tensorboard_writers
+from stableedit_pl.run.curves import LAYOUT, log_curves, tensorboard_writers
 
 GROUPS = ["editing", "stability", "normalization", "cost"]
 CHARTS = [

@@ -10,16 +10,16 @@ from tiny import LLAMA_SITE, edit_rows, tiny_llama, word_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from stableedit_pl.callbacks.device_placement import _report
-from stableedit_pl.capture import Captured, capture
-from stableedit_pl.device_maps import Demand, Plan, inferred, key_of, model_bytes, plan_automatic, plan_explicit
-from stableedit_pl.encoding import Encoder
-from stableedit_pl.loading import LoadingError, load_skeleton
-from stableedit_pl.memory import planned_bytes
-from stableedit_pl.method import MethodSettings
-from stableedit_pl.micro_batches import in_order
-from stableedit_pl.partial_forward import PartialForward
-from stableedit_pl.placement import HOST, Needs, PlacementError, Wanted
-from stableedit_pl.sites import SiteError, resolve_sites
+from stableedit_pl.devices.device_maps import Demand, Plan, inferred, key_of, model_bytes, plan_automatic, plan_explicit
+from stableedit_pl.devices.memory import planned_bytes
+from stableedit_pl.devices.placement import HOST, Needs, PlacementError, Wanted
+from stableedit_pl.method.settings import MethodSettings
+from stableedit_pl.model.capture import Captured, capture
+from stableedit_pl.model.encoding import Encoder
+from stableedit_pl.model.loading import LoadingError, load_skeleton
+from stableedit_pl.model.micro_batches import in_order
+from stableedit_pl.model.partial_forward import PartialForward
+from stableedit_pl.model.sites import SiteError, resolve_sites
 
 GIB = 2**30
 GPU = [torch.device("cuda", index) for index in range(4)]

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from stableedit_pl import ranks
-from stableedit_pl.division import SPEEDS, Division, divided, operations, solve_together
-from stableedit_pl.method import MethodSettings, Problem, solve_all
-from stableedit_pl.planning import draft_turn
-from stableedit_pl.statistics import LNStatistics, Rows
+from stableedit_pl.devices import ranks
+from stableedit_pl.devices.division import SPEEDS, Division, divided, operations, solve_together
+from stableedit_pl.method.planning import draft_turn
+from stableedit_pl.method.problem import Problem, solve_all
+from stableedit_pl.method.settings import MethodSettings
+from stableedit_pl.method.statistics import LNStatistics, Rows
 
 
 @dataclass

@@ -11,7 +11,7 @@ from tiny import WORDS, word_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from stableedit_pl.encoding import IGNORED, Encoder, Encoding, EncodingError, chunks, collate
+from stableedit_pl.model.encoding import IGNORED, Encoder, Encoding, EncodingError, chunks, collate
 
 TOKENIZER = word_tokenizer()
 MARK = "\u2581"

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from edit_runs import fit
 
-from stableedit_pl import freed_memory
 from stableedit_pl.callbacks import TurnCheckpoint, turn_checkpoint
+from stableedit_pl.run import freed_memory
 
 
 def test_the_c_library_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

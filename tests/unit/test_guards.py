@@ -13,8 +13,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.strategies import StrategyRegistry
 
-from stableedit_pl.guards import check_trainer
-from stableedit_pl.rank_strategy import RankStrategy
+from stableedit_pl.devices.rank_strategy import RankStrategy
+from stableedit_pl.run.guards import check_trainer
 from stableedit_pl.trainer import EditTrainer
 
 

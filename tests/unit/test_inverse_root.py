@@ -8,7 +8,7 @@ from tiny import relative_difference
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from stableedit_pl.inverse_root import (
+from stableedit_pl.method.inverse_root import (
     TOLERANCE,
     apply_by_eigh,
     apply_by_quadrature,

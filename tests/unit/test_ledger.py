@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stableedit_pl.ledger import Ledger, LedgerError, Position, chained, read_ledger
+from stableedit_pl.run.files.ledger import Ledger, LedgerError, Position, chained, read_ledger
 
 ENTRIES = [{"id": f"é{i}", "turn": i // 2, "loss": 0.1 * i} for i in range(6)]
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 import pytest
 from tiny import word_tokenizer
 
-from stableedit_pl.encoding import Encoder, EncodingError
-from stableedit_pl.loaders import OneAhead, TurnLoader, as_is
-from stableedit_pl.micro_batches import Batching
-from stableedit_pl.records import EditRecord
-from stableedit_pl.turns import Slot, Turn, TurnBuilder, TurnDataset, TurnSampler, TurnSchedule, WarmUpSettings
+from stableedit_pl.data.loaders import OneAhead, TurnLoader, as_is
+from stableedit_pl.data.records import EditRecord
+from stableedit_pl.data.turns import Slot, Turn, TurnBuilder, TurnDataset, TurnSampler, TurnSchedule, WarmUpSettings
+from stableedit_pl.model.encoding import Encoder, EncodingError
+from stableedit_pl.model.micro_batches import Batching
 
 RECORDS = [EditRecord(str(row), f"w{row} w1", f"w{row + 1} w2", row=row) for row in range(1, 30)]
 ENCODER = Encoder(word_tokenizer())

@@ -10,7 +10,7 @@ from tiny import save_model, tiny_llama
 from transformers import BloomConfig
 
 from stableedit_pl.demo import demo_path
-from stableedit_pl.loading import (
+from stableedit_pl.model.loading import (
     LoadingError,
     context_length,
     load_language_model,

@@ -8,13 +8,13 @@ from allocations import peak_bytes
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from stableedit_pl import workspace
-from stableedit_pl.capture import Captured
-from stableedit_pl.closed_form import ClosedFormEdit, EditorState, StepInput
-from stableedit_pl.memory import planned_bytes
-from stableedit_pl.method import MethodSettings
-from stableedit_pl.sites import Site
-from stableedit_pl.statistics import LNStatistics, Rows
+from stableedit_pl.devices.memory import planned_bytes
+from stableedit_pl.method import workspace
+from stableedit_pl.method.settings import MethodSettings
+from stableedit_pl.method.statistics import LNStatistics, Rows
+from stableedit_pl.model.capture import Captured
+from stableedit_pl.model.closed_form import ClosedFormEdit, EditorState, StepInput
+from stableedit_pl.model.sites import Site
 
 GIB = 2**30
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stableedit_pl.micro_batches import NEGLIGIBLE, PADDING, Batching, by_length, in_order
+from stableedit_pl.model.micro_batches import NEGLIGIBLE, PADDING, Batching, by_length, in_order
 
 
 def padded(lengths: list[int], pieces: tuple[tuple[int, ...], ...]) -> int:

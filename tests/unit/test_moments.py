@@ -12,7 +12,7 @@ from tiny import relative_difference
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stableedit_pl.moments import Moments
+from stableedit_pl.method.moments import Moments
 
 
 def random_rows(n: int, d: int, seed: int = 0, offset: float = 0.0) -> Tensor:

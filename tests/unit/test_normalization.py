@@ -8,8 +8,8 @@ import torch
 from tiny import relative_difference
 from torch import Tensor
 
-from stableedit_pl.moments import Moments
-from stableedit_pl.normalization import (
+from stableedit_pl.method.moments import Moments
+from stableedit_pl.method.normalization import (
     EPS,
     QUADRATURE_WIDTH,
     Affine,

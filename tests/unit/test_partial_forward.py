@@ -9,11 +9,11 @@ from tiny import LLAMA_SITE, tiny_gpt2, tiny_llama, word_tokenizer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stableedit_pl.encoding import Encoder, Encoding, collate
-from stableedit_pl.lower_outputs import LowerOutputs
-from stableedit_pl.partial_forward import PartialForward
-from stableedit_pl.scoring import Scorer
-from stableedit_pl.sites import resolve_sites
+from stableedit_pl.model.asking import Scorer
+from stableedit_pl.model.encoding import Encoder, Encoding, collate
+from stableedit_pl.model.lower_outputs import LowerOutputs
+from stableedit_pl.model.partial_forward import PartialForward
+from stableedit_pl.model.sites import resolve_sites
 
 COMMON = {
     **{"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4},

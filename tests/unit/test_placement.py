@@ -3,9 +3,19 @@
 import pytest
 import torch
 
-from stableedit_pl.memory import planned_bytes
-from stableedit_pl.method import MethodSettings
-from stableedit_pl.placement import HOST, ModelSite, Needs, PlacementError, Room, cost_in_host, place_state, size, table
+from stableedit_pl.devices.memory import planned_bytes
+from stableedit_pl.devices.placement import (
+    HOST,
+    ModelSite,
+    Needs,
+    PlacementError,
+    Room,
+    cost_in_host,
+    place_state,
+    size,
+    table,
+)
+from stableedit_pl.method.settings import MethodSettings
 
 GIB = 2**30
 D_IN, D_OUT, ROWS = 14336, 4096, 300

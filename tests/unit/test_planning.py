@@ -9,9 +9,9 @@ from tiny import relative_difference
 from torch import nn
 
 from stableedit_pl.errors import SettingError
-from stableedit_pl.method import MethodSettings
-from stableedit_pl.planning import BadTurn, TurnPlan, plan_turn
-from stableedit_pl.statistics import LNStatistics, Rows
+from stableedit_pl.method.planning import BadTurn, TurnPlan, plan_turn
+from stableedit_pl.method.settings import MethodSettings
+from stableedit_pl.method.statistics import LNStatistics, Rows
 
 
 @dataclass

@@ -6,9 +6,16 @@ from typing import Any
 import pytest
 import torch
 
-from stableedit_pl import rank_devices as module
-from stableedit_pl import ranks
-from stableedit_pl.rank_devices import as_device, foreign_devices, free_bytes, host_memory, own_devices, rank_devices
+from stableedit_pl.devices import rank_devices as module
+from stableedit_pl.devices import ranks
+from stableedit_pl.devices.rank_devices import (
+    as_device,
+    foreign_devices,
+    free_bytes,
+    host_memory,
+    own_devices,
+    rank_devices,
+)
 
 CPU, MPS = torch.device("cpu"), torch.device("mps")
 EIGHT = [torch.device("cuda", index) for index in range(8)]

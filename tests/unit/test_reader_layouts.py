@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from data_files import EDIT, Write
 
-from stableedit_pl.readers import DATASETS, read_records
-from stableedit_pl.records import DataError, EditRecord, Probe
+from stableedit_pl.data.readers import DATASETS, read_records
+from stableedit_pl.data.records import DataError, EditRecord, Probe
 
 MEND = {
     "subject": "Ostrelia",

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from data_files import EDIT, MEND, Write, message
 
-from stableedit_pl.readers import file_checksum, read_records
-from stableedit_pl.records import DataError
+from stableedit_pl.data.readers import file_checksum, read_records
+from stableedit_pl.data.records import DataError
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from data_files import EDIT, MEND, Write, message
 
-from stableedit_pl.readers import read_records
-from stableedit_pl.records import DataError, Probe
+from stableedit_pl.data.readers import read_records
+from stableedit_pl.data.records import DataError, Probe
 
 
 def test_all_bad_rows_are_listed_with_the_way_out(write: Write) -> None:
@@ -34,7 +34,7 @@ def test_skip_keeps_the_good_rows_and_says_what_it_left_out(write: Write, caplog
         records = read_records("edits", path, on_bad_row="skip")
     assert [record.id for record in records] == ["1", "3", "5"]
     (entry,) = caplog.records
-    assert (entry.name, entry.levelname) == ("stableedit_pl.readers", "WARNING")
+    assert (entry.name, entry.levelname) == ("stableedit_pl.data.readers", "WARNING")
     assert f"{path}: left out 2 of 5 rows (2, 4)" in entry.getMessage()
     assert 'line 4, field "target": is missing' in entry.getMessage()
 
@@ -72,11 +72,11 @@ def test_unknown_choice_lists_the_known(arguments: dict[str, Any], substance: st
 
 
 def test_readers_themselves_need_the_standard_library_only() -> None:
-    folder = Path(sys.modules["stableedit_pl.readers"].__file__ or "").parent
+    folder = Path(sys.modules["stableedit_pl.data.readers"].__file__ or "").parent
     # A stand-in package keeps the real one's __init__, which is not this test's matter, from running.
     code = (
         "import sys, types; package = types.ModuleType('stableedit_pl'); package.__path__ = [sys.argv[1]];"
-        "sys.modules['stableedit_pl'] = package; import stableedit_pl.readers;"
+        "sys.modules['stableedit_pl'] = package; import stableedit_pl.data.readers;"
         "assert not {'torch', 'lightning', 'transformers', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(folder.parent)], check=True)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from tiny import word_tokenizer
 
-from stableedit_pl import record_encoding
-from stableedit_pl.encoding import Encoder, EncodingError
-from stableedit_pl.record_encoding import RecordEncoder
-from stableedit_pl.records import DataError, EditRecord, Probe, Problem
+from stableedit_pl.data import record_encoding
+from stableedit_pl.data.record_encoding import RecordEncoder
+from stableedit_pl.data.records import DataError, EditRecord, Probe, Problem
+from stableedit_pl.model.encoding import Encoder, EncodingError
 
 PATH = Path("data/edits.jsonl")
 ENCODE = RecordEncoder(Encoder(word_tokenizer(), context_length=6), PATH)

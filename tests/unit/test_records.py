@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stableedit_pl.records import MAX_LISTED, DataError, EditRecord, Probe, Problem, kind_of, text_problem
+from stableedit_pl.data.records import MAX_LISTED, DataError, EditRecord, Probe, Problem, kind_of, text_problem
 
 EMPTY = Problem("is empty", "Give the new answer, or remove the row.", "target", 7, "line 7")
 

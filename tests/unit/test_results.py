@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from stableedit_pl.results import edits_per_second, read_results, results_table, scores_table, write_results
-from stableedit_pl.turns import WarmUpSettings
+from stableedit_pl.data.turns import WarmUpSettings
+from stableedit_pl.run.results import edits_per_second, read_results, results_table, scores_table, write_results
 
 RESULTS: dict[str, Any] = {
     "edits": 33,

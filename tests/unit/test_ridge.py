@@ -11,8 +11,8 @@ from tiny import relative_difference
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from stableedit_pl import ridge as ridge_module
-from stableedit_pl.ridge import SiteUpdate, ridge_operations, targets, unsolvable
+from stableedit_pl.method import ridge as ridge_module
+from stableedit_pl.method.ridge import SiteUpdate, ridge_operations, targets, unsolvable
 
 
 def ridge_update(keys: Tensor, values: Tensor, ridge: float) -> SiteUpdate:

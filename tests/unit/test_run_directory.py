@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from stableedit_pl import run_directory
-from stableedit_pl.run_directory import RunDirectory, RunDirectoryError, write_atomically
+from stableedit_pl.run.files import directory as run_directory
+from stableedit_pl.run.files.directory import RunDirectory, RunDirectoryError, write_atomically
 
 
 class Killed(BaseException):

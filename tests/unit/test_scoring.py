@@ -8,21 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_gpt2, tiny_llama, word_tokenizer
 
-from stableedit_pl.encoding import IGNORED, Encoder, Encoding
-from stableedit_pl.partial_forward import PartialForward
-from stableedit_pl.record_encoding import EncodedRecord
-from stableedit_pl.records import EditRecord
-from stableedit_pl.scoring import (
-    KINDS,
-    Answer,
-    EditScores,
-    RecordAnswers,
-    Scorer,
-    answer_records,
-    greedy,
-    match,
-    score_records,
-)
+from stableedit_pl.data.record_encoding import EncodedRecord
+from stableedit_pl.data.records import EditRecord
+from stableedit_pl.model.asking import Answer, Scorer, greedy
+from stableedit_pl.model.encoding import IGNORED, Encoder, Encoding
+from stableedit_pl.model.partial_forward import PartialForward
+from stableedit_pl.model.scoring import KINDS, EditScores, RecordAnswers, answer_records, match, score_records
 
 TOKENIZER = word_tokenizer()
 ENCODE = Encoder(TOKENIZER).encode
@@ -190,7 +181,7 @@ def scored_record(rephrases: int = 0, locality: int = 0) -> EncodedRecord:
     def some(count: int, start: int) -> tuple[Encoding, ...]:
         return tuple(ENCODE(f"w{start + i} w1", f"w{40 + i} w2") for i in range(count))
 
-    return EncodedRecord(EditRecord("e", "p", "t"), ENCODE("w1", "w40 w2"), some(rephrases, 10), some(locality, 20))
+    return EncodedRecord(ENCODE("w1", "w40 w2"), some(rephrases, 10), some(locality, 20), EditRecord("e", "p", "t"))
 
 
 def test_answers_come_back_to_their_prompts() -> None:

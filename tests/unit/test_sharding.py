@@ -12,20 +12,22 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModelForCausalLM, MixtralConfig, Phi3Config, Qwen3Config
 
-from stableedit_pl import LifelongEditor, ranks, workspace
-from stableedit_pl.capture import capture
-from stableedit_pl.closed_form import ClosedFormEdit, EditorState, StepInput
-from stableedit_pl.encoding import Encoder
-from stableedit_pl.loading import load_language_model
-from stableedit_pl.lockstep import gathered_for_forward, in_step
-from stableedit_pl.partial_forward import PartialForward
-from stableedit_pl.planning import MethodSettings
-from stableedit_pl.readers import read_records
-from stableedit_pl.sharding import ShardingError, _blocks, _tensor_parallel_styles, shard_model
-from stableedit_pl.shares import capture_together
-from stableedit_pl.sites import Site
-from stableedit_pl.statistics import LNStatistics
-from stableedit_pl.weight_shards import local
+from stableedit_pl import LifelongEditor
+from stableedit_pl.data.readers import read_records
+from stableedit_pl.devices import ranks
+from stableedit_pl.devices.lockstep import gathered_for_forward, in_step
+from stableedit_pl.devices.sharding import ShardingError, _blocks, _tensor_parallel_styles, shard_model
+from stableedit_pl.devices.weight_shards import local
+from stableedit_pl.method import workspace
+from stableedit_pl.method.planning import MethodSettings
+from stableedit_pl.method.statistics import LNStatistics
+from stableedit_pl.model.capture import capture
+from stableedit_pl.model.closed_form import ClosedFormEdit, EditorState, StepInput
+from stableedit_pl.model.encoding import Encoder
+from stableedit_pl.model.loading import load_language_model
+from stableedit_pl.model.partial_forward import PartialForward
+from stableedit_pl.model.shared_capture import capture_together
+from stableedit_pl.model.sites import Site
 
 SITE = "model.layers.1.mlp.down_proj"
 SMALL: dict[str, Any] = {

@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from stableedit_pl import ranks
-from stableedit_pl import shares as shares_module
-from stableedit_pl.capture import Captured
-from stableedit_pl.encoding import IGNORED, Encoding
-from stableedit_pl.micro_batches import by_length, in_order
-from stableedit_pl.shares import Share, capture_together, divide
-from stableedit_pl.sites import Site
-from stableedit_pl.statistics import Rows
+from stableedit_pl.devices import ranks
+from stableedit_pl.devices.shares import Share, divide
+from stableedit_pl.method.statistics import Rows
+from stableedit_pl.model import shared_capture as shares_module
+from stableedit_pl.model.capture import Captured
+from stableedit_pl.model.encoding import IGNORED, Encoding
+from stableedit_pl.model.micro_batches import by_length, in_order
+from stableedit_pl.model.shared_capture import capture_together
+from stableedit_pl.model.sites import Site
 from stableedit_pl.trainer import _interleaved
 
 LENGTHS = [3, 9, 4, 4, 12, 7, 5, 3, 9, 8, 6, 5, 30]

@@ -8,9 +8,9 @@ import torch
 from tiny import relative_difference
 from torch import Tensor
 
-from stableedit_pl.inverse_root import condition_bound
-from stableedit_pl.moments import Moments
-from stableedit_pl.normalization import SINGLE_TOLERANCE, allows_single, covariance, normalize, whiten
+from stableedit_pl.method.inverse_root import condition_bound
+from stableedit_pl.method.moments import Moments
+from stableedit_pl.method.normalization import SINGLE_TOLERANCE, allows_single, covariance, normalize, whiten
 
 
 def wide_moments(spread: float, turns: int = 3) -> tuple[Moments, Tensor]:

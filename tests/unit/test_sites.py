@@ -8,7 +8,7 @@ from tiny import GPT2_SITE, LLAMA_SITE, add_dense, tiny_gpt2, tiny_llama
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from stableedit_pl.sites import Site, SiteError, expand_ranges, resolve_sites
+from stableedit_pl.model.sites import Site, SiteError, expand_ranges, resolve_sites
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from stableedit_pl import slurm
+from stableedit_pl.run import slurm
 
 
 @pytest.fixture

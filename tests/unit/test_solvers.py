@@ -9,9 +9,9 @@ import torch
 from tiny import relative_difference
 from torch import Tensor, nn
 
-from stableedit_pl.method import MethodSettings
-from stableedit_pl.planning import plan_turn
-from stableedit_pl.statistics import LNStatistics, Rows, Shaped
+from stableedit_pl.method.planning import plan_turn
+from stableedit_pl.method.settings import MethodSettings
+from stableedit_pl.method.statistics import LNStatistics, Rows, Shaped
 
 D_IN, D_OUT, TURNS = 64, 40, 50
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stableedit_pl.statistics import LNStatistics, Rows
+from stableedit_pl.method.statistics import LNStatistics, Rows
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from stableedit_pl.stop_signals import StopRequested, StopSignals
+from stableedit_pl.run.stop_signals import StopRequested, StopSignals
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import word_tokenizer
 
-from stableedit_pl.encoding import Encoder, Encoding
-from stableedit_pl.micro_batches import Batching
-from stableedit_pl.records import EditRecord
-from stableedit_pl.turns import Slot, TurnBuilder, TurnDataset, TurnSampler, TurnSchedule, WarmUpSettings
+from stableedit_pl.data.records import EditRecord
+from stableedit_pl.data.turns import Slot, TurnBuilder, TurnDataset, TurnSampler, TurnSchedule, WarmUpSettings
+from stableedit_pl.model.encoding import Encoder, Encoding
+from stableedit_pl.model.micro_batches import Batching
 
 POSITIONS = ["start", "q1", "middle", "q3", "end", "none"]
 

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from stableedit_pl import planning
-from stableedit_pl.capture import Captured
-from stableedit_pl.closed_form import ClosedFormEdit, EditorState, StepInput
-from stableedit_pl.method import MethodSettings, Problem, Solution, solve_all
-from stableedit_pl.planning import BadTurn, draft_turn, read_tensors
-from stableedit_pl.sites import Site
-from stableedit_pl.statistics import LNStatistics, Rows, moved
+from stableedit_pl.method import planning
+from stableedit_pl.method.planning import BadTurn, draft_turn, read_tensors
+from stableedit_pl.method.problem import Problem, Solution, solve_all
+from stableedit_pl.method.settings import MethodSettings
+from stableedit_pl.method.statistics import LNStatistics, Rows, moved
+from stableedit_pl.model.capture import Captured
+from stableedit_pl.model.closed_form import ClosedFormEdit, EditorState, StepInput
+from stableedit_pl.model.sites import Site
 
 WAITS = ["tolist", "item", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__"]
 

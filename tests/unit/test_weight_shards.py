@@ -9,11 +9,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from stableedit_pl import ranks
-from stableedit_pl.ridge import SiteUpdate
-from stableedit_pl.sites import Site
-from stableedit_pl.weight_shards import WeightShard, local
-from stableedit_pl.workspace import Workspace, workspace_sizes
+from stableedit_pl.devices import ranks
+from stableedit_pl.devices.weight_shards import WeightShard, local
+from stableedit_pl.method.ridge import SiteUpdate
+from stableedit_pl.method.workspace import Workspace, workspace_sizes
+from stableedit_pl.model.sites import Site
 
 
 def test_a_plain_weight_is_its_own_shard() -> None:

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from stableedit_pl import workspace
-from stableedit_pl.ridge import SiteUpdate
-from stableedit_pl.workspace import Workspace, block_rows, workspace_sizes
+from stableedit_pl.method import workspace
+from stableedit_pl.method.ridge import SiteUpdate
+from stableedit_pl.method.workspace import Workspace, block_rows, workspace_sizes
 
 
 def update_of(rank: int, d_in: int, d_out: int) -> SiteUpdate:

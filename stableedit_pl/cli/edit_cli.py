@@ -1,0 +1,158 @@
+"""``EditCLI``: LightningCLI with a run directory."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+import stableedit_pl.callbacks  # noqa: F401  (their short names work once they are imported)
+from stableedit_pl.cli.front_page import PARSER, PLAIN_VERBS
+from stableedit_pl.cli.plain_verbs import add_plain_verb, run_plain_verb
+from stableedit_pl.cli.screen import command, quiet, say
+from stableedit_pl.data.stream import EditStream
+from stableedit_pl.editor import LifelongEditor
+from stableedit_pl.model.scoring import KINDS
+from stableedit_pl.run.files.directory import RunDirectory
+from stableedit_pl.run.results import edits_per_second, read_results, results_table, scores_table
+from stableedit_pl.trainer import EditTrainer
+
+
+class SaveSettings(SaveConfigCallback):
+    """Saves an edit run's full settings; a resumed run's beside them, numbered."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Nothing yet: a run that fails before its first turn leaves no settings behind."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Save when the run starts or resumes."""
+        file = RunDirectory(trainer.default_root_dir).next_config()
+        if trainer.is_global_zero:
+            settings = self.config.clone()
+            # What was said of this one start is no setting of the run: repeating it must not overwrite anything.
+            settings["overwrite"], settings["ckpt_path"] = False, None
+            self.parser.save(settings, str(file), skip_none=False, overwrite=False, multifile=False)
+
+
+class EditCLI(LightningCLI):
+    """``fit``, ``validate``, ``test`` and ``predict`` on edit streams, ``export`` and ``verify``."""
+
+    trainer: EditTrainer
+    model: LifelongEditor
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add model and data before the trainer, whose many options few runs need."""
+        parser.add_lightning_class_args(LifelongEditor, "model")
+        parser.add_lightning_class_args(EditStream, "data")
+        parser.add_lightning_class_args(EditTrainer, "trainer")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the run directory, which everything that writes is linked to."""
+        parser.add_argument("--run_dir", type=str, default="runs/default", help="Everything a run writes lies in here.")
+        parser.add_argument("--overwrite", type=bool, default=False, help="Replace a run that is already in run_dir.")
+        parser.add_argument(
+            "--fork_from", type=str | None, default=None, help="Start with the weights and statistics of this run."
+        )
+        parser.link_arguments("run_dir", "trainer.run_dir")
+        parser.link_arguments("fork_from", "trainer.fork_from")
+        parser.link_arguments("overwrite", "trainer.overwrite")
+
+    def __init__(self, verb: str | None, *args: Any, **kwargs: Any) -> None:
+        """Prepare for one verb.
+
+        Args:
+            verb: the only verb that is asked for; None if that is not known yet.
+            args: as for LightningCLI.
+            kwargs: as for LightningCLI.
+        """
+        self._verb = verb
+        super().__init__(*args, **kwargs)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if self._verb in (None, subcommand):
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        return self.init_parser(**kwargs)  # named in lists of verbs; its options would take a tenth of a second
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        for verb in PLAIN_VERBS:
+            own = add_plain_verb(parser, verb, complete=self._verb in (None, verb))
+            self._subcommand_parsers[verb] = own  # type: ignore[assignment]
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would let a checkpoint's settings silently overrule the command line."""
+
+    def instantiate_classes(self) -> None:
+        """Build model, data and trainer; a plain verb needs none of them."""
+        if self.subcommand not in PLAIN_VERBS:
+            super().instantiate_classes()
+
+    def _set_seed(self) -> None:
+        if self.config.get("subcommand") not in PLAIN_VERBS:
+            super()._set_seed()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand not in PLAIN_VERBS:
+            super()._run_subcommand(subcommand)
+        else:
+            run_plain_verb(subcommand, self.config[subcommand].as_dict())
+
+    def after_fit(self) -> None:
+        """Show the final scores and where to look at the run."""
+        run = self.trainer.run_directory
+        if not self.trainer.is_global_zero or not run.results.is_file():
+            return
+        results = read_results(run.results)
+        turns = f"{results['turns'] - results['warmup_turns']} turns"
+        warmup = f" after {results['warmup_turns']} warm-up turns" if results["warmup_turns"] else ""
+        say(f"\n{results['edits']} edits in {turns}{warmup} ({results['settings']['scoring']})")
+        speed, evaluate = edits_per_second(results), results["seconds"]["evaluate"]
+        say(f"{speed:.0f} edits per second of editing; {evaluate:.0f} s of evaluation\n")
+        say(results_table(results))
+        say(f"\nCurves:  {command('tensorboard')} --logdir {run.path}")
+        say(f"Export:  {command('stableedit')} export --run {run.path} --out MY_MODEL")
+
+    def after_validate(self) -> None:
+        """Show the scores."""
+        if not self.trainer.is_global_zero:
+            return
+        scores = {kind: self.trainer.callback_metrics.get(kind) for kind in KINDS}
+        given = {kind: None if value is None else float(value) for kind, value in scores.items()}
+        reference = self.model.specificity_measured_by
+        say(f"\nScored by {self.model.scoring}; specificity against {reference}", end="")
+        say("" if self.model.edits_loaded else " (an unedited model always agrees with itself)")
+        say(scores_table({"edited" if self.model.edits_loaded else "base": given}))
+
+    after_test = after_validate
+
+    def predict(self, **kwargs: Any) -> None:
+        """Generate answers and write them to ``predictions.jsonl`` in the run directory."""
+        pieces = self.trainer.predict(**{**kwargs, "return_predictions": True}) or []
+        if not self.trainer.is_global_zero:
+            return
+        run = self.trainer.run_directory
+        run.path.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(answer, ensure_ascii=False) for piece in pieces for answer in piece]
+        run.predictions.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        say(f"Wrote {len(lines)} answers to {run.predictions}")
+
+
+def run_edit_cli(verb: str | None, args: Sequence[str] | None) -> None:
+    """Parse the arguments and do what they say.
+
+    Args:
+        verb: the verb they begin with; None if they begin with an option.
+        args: arguments; those of the process by default.
+    """
+    quiet()
+    EditCLI(
+        verb,
+        LifelongEditor,
+        EditStream,
+        save_config_callback=SaveSettings,
+        trainer_class=EditTrainer,
+        seed_everything_default=0,
+        parser_kwargs=dict(PARSER),
+        auto_configure_optimizers=False,
+        args=None if args is None else list(args),
+    )

@@ -1,0 +1,177 @@
+"""The run directory: everything a run writes lies directly in here, under these names."""
+
+import logging
+import os
+import re
+from pathlib import Path
+
+from stableedit_pl.run.files.integrity import damage
+
+log = logging.getLogger(__name__)
+
+LAST = "last"
+"""What ``--ckpt_path`` says to mean the newest checkpoint of the run directory."""
+
+
+class RunDirectoryError(ValueError):
+    """A run directory that cannot be used as asked; the message says what to do."""
+
+
+class RunDirectory:
+    """Names of a run's files, and the rules for starting and resuming in it.
+
+    Args:
+        path: the directory; need not exist.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """See the class."""
+        self.path = Path(path).expanduser()
+        self.config = self.path / "config.yaml"
+        self.checkpoints = self.path / "checkpoints"
+        self.last_checkpoint = self.checkpoints / "last.ckpt"
+        self.statistics = self.path / "statistics.safetensors"
+        self.ledger = self.path / "edits.jsonl"
+        self.rejected = self.path / "rejected.jsonl"
+        self.results = self.path / "results.json"
+        self.predictions = self.path / "predictions.jsonl"
+
+    def holds_run(self) -> bool:
+        """Whether a run has applied edits here; one that failed before its first turn leaves nothing worth keeping."""
+        return self.last_checkpoint.exists() or (self.ledger.exists() and self.ledger.stat().st_size > 0)
+
+    def checkpoint(self, ckpt_path: str | Path | None) -> Path | None:
+        """The file that ``ckpt_path`` means.
+
+        Args:
+            ckpt_path: None, ``last``, or a file.
+
+        Raises:
+            RunDirectoryError: if there is no such checkpoint, or none that is whole. Starting over silently would
+                apply every edit to the unedited model a second time.
+        """
+        if ckpt_path is None:
+            return None
+        if ckpt_path == LAST:
+            return self._newest_whole()
+        file = Path(ckpt_path).expanduser()
+        if not file.is_file():
+            raise RunDirectoryError(f"--ckpt_path {ckpt_path}: there is no such file")
+        problem = damage(file)
+        if problem is not None:
+            raise RunDirectoryError(
+                f"--ckpt_path {ckpt_path} is damaged: {problem}. --ckpt_path last finds one that is not."
+            )
+        return file
+
+    def turn_checkpoints(self) -> list[Path]:
+        """The files ``turn=<n>.ckpt``, newest first."""
+        numbered = [file for file in self.checkpoints.glob("turn=*.ckpt") if file.stem[len("turn=") :].isdigit()]
+        return sorted(numbered, key=lambda file: int(file.stem[len("turn=") :]), reverse=True)
+
+    def _newest_whole(self) -> Path:
+        """``last.ckpt``, or the newest checkpoint before it that is not damaged."""
+        candidates = [file for file in (self.last_checkpoint, *self.turn_checkpoints()) if file.is_file()]
+        if not candidates:
+            raise RunDirectoryError(
+                f"--ckpt_path last: {self.path} has no checkpoint, so there is nothing to resume. "
+                "Check --run_dir, or start the run again with --overwrite true and without --ckpt_path."
+            )
+        problems = []
+        for file in candidates:
+            problem = damage(file)
+            if problem is None:
+                return file
+            problems.append(f"{file.name}: {problem}")
+            log.warning("%s is damaged: %s. Trying the one before it.", file, problem)
+        raise RunDirectoryError(
+            f"--ckpt_path last: every checkpoint in {self.checkpoints} is damaged ("
+            + "; ".join(problems)
+            + "), and a run is not started over by itself. Put back a copy of one of them, or start the run again "
+            "with --overwrite true and without --ckpt_path."
+        )
+
+    def prepare(self, resuming_from: Path | None, overwrite: bool) -> None:
+        """Make the directory ready for ``fit``.
+
+        Args:
+            resuming_from: the checkpoint a run goes on from; None for a new run.
+            overwrite: remove the run that is here.
+
+        Raises:
+            RunDirectoryError: if a new run would overwrite one, a resumed one would go on elsewhere, or nothing can be
+                written here.
+        """
+        if resuming_from is not None:
+            if resuming_from.resolve().parent != self.checkpoints.resolve():
+                raise RunDirectoryError(
+                    f"--ckpt_path {resuming_from} belongs to the run in {resuming_from.resolve().parent.parent}, but "
+                    f"--run_dir is {self.path}. A run is resumed where it was: set --run_dir to that directory."
+                )
+        elif self.holds_run():
+            if not overwrite:
+                raise RunDirectoryError(
+                    f"{self.path} already holds a run. Resume it with --ckpt_path last, choose another --run_dir, "
+                    "or replace it with --overwrite true."
+                )
+            self._clear()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            reason = None if os.access(self.path, os.W_OK | os.X_OK) else "permission denied"
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if reason is not None:
+            raise RunDirectoryError(
+                f"--run_dir {self.path} cannot be written ({reason}): choose another place, or give yourself the right "
+                "to write there (chmod u+wx)."
+            )
+
+    def next_config(self) -> Path:
+        """``config.yaml``, or ``config-2.yaml`` and so on for the settings of a resumed run."""
+        candidate, number = self.config, 2
+        while candidate.exists():
+            candidate, number = self.path / f"config-{number}.yaml", number + 1
+        return candidate
+
+    def _clear(self) -> None:
+        """Remove the files a run writes, by their names; anything else in the directory stays."""
+        own = [self.config, self.statistics, self.ledger, self.rejected, self.results, self.predictions]
+        own.append(self.path / "hparams.yaml")
+        own += [file for file in self.path.glob("config-*.yaml") if re.fullmatch(r"config-\d+", file.stem)]
+        own += self.path.glob("events.out.tfevents.*")
+        own += [self.last_checkpoint, *self.checkpoints.glob("turn=*.ckpt"), *self.checkpoints.glob(".*.ckpt.tmp")]
+        for file in own:
+            file.unlink(missing_ok=True)
+        if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
+            self.checkpoints.rmdir()
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a small file so that a reader, or a crash, sees the old content or the new, never a piece."""
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        flush_to_disk(file.fileno())
+    temporary.replace(path)
+    flush_directory(path.parent)
+
+
+def flush_to_disk(descriptor: int) -> None:
+    """Wait until the operating system has written a file."""
+    os.fsync(descriptor)
+
+
+def flush_directory(path: Path) -> None:
+    """Make a rename in ``path`` durable (a no-op where directories cannot be opened)."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
