@@ -22,6 +22,12 @@ from stableedit_pl.model.encoding import EncodedPrompts
 from stableedit_pl.model.lower_outputs import LowerOutputs
 
 KINDS = ("efficacy", "generalization", "specificity")
+RULES: dict[ScoringRule, str] = {
+    "token_match": "teacher forcing; fraction of the target's tokens that are the model's first choice",
+    "exact_match": "teacher forcing; 1 if all of the target's tokens are the model's first choice",
+    "greedy_match": "free greedy decoding from the prompt; 1 if it writes the target's tokens",
+}
+"""What each rule does, as results say it."""
 
 
 def match(answer: Ids, expected: Ids, rule: ScoringRule) -> float:

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from stableedit_pl.data.stream import EditStream
 from stableedit_pl.model.editable_model import EditableModel
-from stableedit_pl.model.scoring import KINDS
+from stableedit_pl.model.scoring import KINDS, RULES
 from stableedit_pl.run.curves import tensorboard_writers
 from stableedit_pl.run.files.directory import RunDirectory, write_atomically
 from stableedit_pl.run.files.plain import plain
@@ -21,11 +21,6 @@ from stableedit_pl.run.files.results_file import read_results
 
 __all__ = ["edits_per_second", "read_results", "results_table", "scores_table", "write_results"]
 
-_RULES = {
-    "token_match": "teacher forcing; fraction of the target's tokens that are the model's first choice",
-    "exact_match": "teacher forcing; 1 if all of the target's tokens are the model's first choice",
-    "greedy_match": "free greedy decoding from the prompt; 1 if it writes the target's tokens",
-}
 _REFERENCES = {
     "base_output": "agreement with the unedited model's own answers to the locality prompts",
     "stated_answer": "agreement with the answers that the data states",
@@ -55,7 +50,7 @@ def write_results(
         **results,
         "measured": {
             **measured,
-            "rule": f"{editor.scoring}: {_RULES[editor.scoring]}",
+            "rule": f"{editor.scoring}: {RULES[editor.scoring]}",
             "specificity": _REFERENCES[editor.specificity_reference],
             "generalization": "mean over an edit's rephrasings, then over edits that have any",
         },

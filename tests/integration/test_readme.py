@@ -1,5 +1,6 @@
 """Everything the README shows is run: commands, Python, the row of data, and the table it prints."""
 
+import ast
 import json
 import os
 import re
@@ -117,15 +118,27 @@ def test_the_row_of_data_is_read(checkout: Path) -> None:
     assert record.rephrases and record.locality
 
 
-def test_the_layout_names_every_file() -> None:
+def test_the_map_names_every_folder_and_callback() -> None:
     layout = README.split("## Layout")[1].split("## Citation")[0]
+    lines = [line for line in layout.splitlines() if line.startswith("    ")]
+    assert len(lines) <= 25
+    map_of_it = "\n".join(lines)
     for folder in ("stableedit_pl", "scripts"):
-        for file in (ROOT / folder).iterdir():
-            if file.suffix in (".py", ".sh") and not file.name.startswith("__") and file.name != "environment.sh":
-                assert file.name in layout or file.name == "demo_world.py", file.name
+        for entry in (ROOT / folder).iterdir():
+            hidden = entry.name.startswith(("_", ".")) or entry.name in ("environment.sh", "callbacks")
+            assert hidden or entry.name in map_of_it, entry.name
     from stableedit_pl import callbacks
 
-    assert all(name in layout for name in callbacks.__all__)
+    assert all(name in map_of_it for name in callbacks.__all__)
+
+
+def test_the_nine_stops_of_an_edit_are_there() -> None:
+    stops = re.findall(r"^(\d)\. `([\w/.]+\.py): (\w+)`", README, flags=re.MULTILINE)
+    assert [int(number) for number, _, _ in stops] == list(range(1, 10))
+    for _, file, name in stops:
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        named = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        assert name in named, f"{file} has no {name}"
 
 
 def test_pictures_and_links_exist() -> None:
