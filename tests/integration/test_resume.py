@@ -22,7 +22,7 @@ from stableedit_pl.run.files.ledger import LedgerError
 from stableedit_pl.run.stop_signals import StopRequested
 
 # A process of its own that is struck once, as scripts/endurance/chaos.py does it many times.
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts/endurance"
 CHILD = f"""
 import sys
 sys.path.insert(0, {str(SCRIPTS)!r})
