@@ -22,17 +22,8 @@ def test_a_run_begun_before_the_move_ends_as_it_would_have(tmp_path: Path, monke
     shutil.copytree(KEPT, tmp_path / "kept")
     monkeypatch.chdir(tmp_path / "kept")
     before = json.loads(Path("run/edits.jsonl").read_text().splitlines()[-1])
-    main(
-        [
-            "fit",
-            "--config",
-            "settings.yaml",
-            "--ckpt_path",
-            "last",
-            "--trainer.enable_progress_bar=false",
-            *BEFORE_PASSES,
-        ]
-    )
+    flags = ["--config", "settings.yaml", "--ckpt_path", "last", "--trainer.enable_progress_bar=false", ONE_PASS]
+    main(["fit", *flags])
     wanted = load_file("finished.safetensors")
     found = read_checkpoint(Path("run/checkpoints/last.ckpt"))["state_dict"]
     assert found.keys() == wanted.keys()
