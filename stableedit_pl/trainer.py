@@ -15,6 +15,7 @@ from stableedit_pl.callbacks import (
     EditEvaluation,
     EditLedger,
     RankAgreement,
+    RunAdvice,
     RunCurves,
     StatisticsCheckpoint,
     TurnCheckpoint,
@@ -277,11 +278,13 @@ class EditTrainer(Trainer):
             (StatisticsCheckpoint, StatisticsCheckpoint, True),
             (EditEvaluation, EditEvaluation, True),
             (ProgressBar, TurnProgress, progress),
+            (RunAdvice, RunAdvice, True),
             (TurnCheckpoint, TurnCheckpoint, checkpoints),
         ]
         missing = [make() for kind, make, use in defaults if use and not any(isinstance(c, kind) for c in given)]
-        own: list[Callback] = [c for c in missing if not isinstance(c, Checkpoint)]
-        return [*own, *given, *(c for c in missing if isinstance(c, Checkpoint))]
+        # Advice is on what the given callbacks found, and a checkpoint has what all of them keep.
+        late = (RunAdvice, Checkpoint)
+        return [*(c for c in missing if not isinstance(c, late)), *given, *(c for c in missing if isinstance(c, late))]
 
 
 def _interleaved(by_rank: list[list[list[Any]]]) -> list[list[Any]]:

@@ -522,7 +522,7 @@ def found_scales(
 
 
 def what_is_left(model: nn.Module, encoded: Sequence[Encoded], enough_margin: float) -> Tensor:
-    """Of each answer token's target, [N]: 1 where another token is likelier, 0 from this margin on."""
+    """Of each answer token's target, [N]: 1 up to four fifths of the margin, from there linearly to 0 at the margin."""
     left = []
     for input_ids, labels in encoded:
         with Float64Throughout(), torch.no_grad():
@@ -531,7 +531,7 @@ def what_is_left(model: nn.Module, encoded: Sequence[Encoded], enough_margin: fl
             if label != IGNORED:
                 others = torch.cat([probabilities[position, :label], probabilities[position, label + 1 :]])
                 margin = (probabilities[position, label] - others.max()).item()
-                left.append(min(1.0, max(0.0, 1.0 - margin / enough_margin)))
+                left.append(min(1.0, max(0.0, 5.0 * (1.0 - margin / enough_margin))))
     return torch.tensor(left, dtype=torch.float64)
 
 
