@@ -282,6 +282,7 @@ class LifelongEditor(ScoredModel):
             self._capture_again,
             count_rows=self._turn.counted_in is None or self._turn.counted_in in self.state.rejected_turns,
             keep_scales=override is None,
+            seconds=self._capture_seconds,
         )
 
     def _at_edit(self, turn: Turn, captured: Captured) -> tuple[list[float], list[float]]:

@@ -143,13 +143,18 @@ class EditStream(LightningDataModule):
         self.target = read_records(self.dataset, self.target_file, on_bad_row=self.on_bad_row)[: self.max_edits]
         self.target_encoder.check(self.target)
         if self.warmup_path is not None and stage == "fit":
-            self.warmup = read_records(self.dataset, self._file(self.warmup_path, "warmup"), on_bad_row=self.on_bad_row)
-            self._record_encoder(self._file(self.warmup_path, "warmup")).check(self.warmup)
+            self.warmup = read_records(self.dataset, self.warmup_file, on_bad_row=self.on_bad_row)
+            self._record_encoder(self.warmup_file).check(self.warmup)
 
     @property
     def target_file(self) -> Path:
         """The target stream's file."""
         return self._file(self.path, "edits")
+
+    @property
+    def warmup_file(self) -> Path:
+        """The file of the warm-up's edits; without a warm-up stream these are the target stream's own."""
+        return self.target_file if self.warmup_path is None else self._file(self.warmup_path, "warmup")
 
     @property
     def warmup_records(self) -> list[EditRecord]:
@@ -198,8 +203,7 @@ class EditStream(LightningDataModule):
             looked_at: turns of each stream whose edits are encoded; all, where there are no more.
         """
         largest = 0
-        warmup_file = self.target_file if self.warmup_path is None else self._file(self.warmup_path, "warmup")
-        for records, file in ((self.target, self.target_file), (self.warmup, warmup_file)):
+        for records, file in ((self.target, self.target_file), (self.warmup, self.warmup_file)):
             starts = range(0, len(records), self.turn_size)
             encoder = self._record_encoder(file)
             for start in starts[:: -(-len(starts) // looked_at) or 1]:
@@ -211,17 +215,16 @@ class EditStream(LightningDataModule):
         """SHA-256 of the target file, and of the warm-up file where there is one."""
         files = {"path": self.target_file}
         if self.warmup_path is not None:
-            files["warmup_path"] = self._file(self.warmup_path, "warmup")
+            files["warmup_path"] = self.warmup_file
         return {name: file_checksum(path) for name, path in files.items()}
 
     def train_dataloader(self) -> TurnLoader:
         """The turns that are not committed yet."""
         schedule = self.schedule
         start = 0 if self.trainer is None else self.trainer.global_step
-        warmup_file = self.target_file if self.warmup_path is None else self._file(self.warmup_path, "warmup")
         build = TurnBuilder(
             {"edit": self.target, "warmup": self.warmup_records},
-            {"edit": self.target_encoder, "warmup": self._record_encoder(warmup_file)},
+            {"edit": self.target_encoder, "warmup": self._record_encoder(self.warmup_file)},
             Batching(self.micro_batch_tokens, self.micro_batch_size, self._averages_micro_batches()),
             self.edit_order == "longest_first",
             schedule.warm_up,
