@@ -48,7 +48,7 @@ class LifelongEditor(ScoredModel):
         base_model: folder or hub id of a Hugging Face causal language model; ``demo`` for the shipped one.
         sites: weights to edit: module names, globs, ``{a..b}`` ranges.
         normalization: ``whiten`` (StableEdit), ``standardize`` (UltraEdit) or ``none`` (no lifelong normalization).
-        relative_step: how much a pass adds to a site's outputs at the turn's edits, relative to these outputs; 0.1
+        relative_step: how much a pass adds to a site's outputs at the turn's edits, relative to these outputs; 0.2
             where step_size is not given. Becomes a step size once, and is recorded.
         relative_ridge: ridge relative to the mean squared norm of a site's inputs; 0.01 where ridge is not given.
         step_size: scale of the targets of the ridge regression: relative_step in absolute terms.
@@ -100,7 +100,7 @@ class LifelongEditor(ScoredModel):
         divide_algebra: DivideAlgebra = "auto",
         relative_step: float | None = None,
         relative_ridge: float | None = None,
-        passes: int = 5,
+        passes: int = 10,
         enough_margin: float = 0.5,
     ) -> None:
         """See the class.

@@ -2,7 +2,8 @@
 
     python scripts/demo/compare_normalizations.py --out docs/normalizations.md
 
-Every run is the shipped demo (configs/demo.yaml) with only the normalization and the step size changed. The best step
+Every run is the shipped demo (configs/demo.yaml) with one pass a turn, an absolute ridge and step, and the
+normalization changed. The best step
 size is the one with the largest sum of retained efficacy, generalization and specificity.
 """
 
@@ -24,6 +25,7 @@ from stableedit_pl.model.scoring import KINDS
 
 ROOT = Path(__file__).parents[2]
 GRID = [float(f"{10 ** (exponent / 4):.2g}") for exponent in range(-16, 1)]  # quarter decades, 1e-4 to 1
+PAPER = {"passes": 1, "ridge": 10.0}
 METHODS = ("whiten", "standardize", "none")
 
 
@@ -31,7 +33,7 @@ def run(config: dict[str, Any], normalization: str, step_size: float) -> dict[st
     """Retained scores of the demo with one normalization and step size; all zero where the numbers blew up."""
     warm_up = next(c["init_args"] for c in config["trainer"]["callbacks"] if c["class_path"] == "WarmUp")
     with tempfile.TemporaryDirectory() as folder:
-        editor = LifelongEditor(**{**config["model"], "normalization": normalization, "step_size": step_size})
+        editor = LifelongEditor(**{**config["model"], **PAPER, "normalization": normalization, "step_size": step_size})
         trainer = EditTrainer(
             run_dir=folder,
             accelerator="cpu",

@@ -23,6 +23,8 @@ COMMANDS = {
     "tensorboard --logdir runs/demo": "--inspect",
     FIT: "",
     "stableedit fit --config my_run.yaml": "",
+    "stableedit tune --config my_run.yaml --rows other_edits.jsonl": "--trials 1",
+    "stableedit fit --config my_run.yaml --config tuned.yaml --run_dir runs/tuned": "",
     "stableedit validate --config configs/demo.yaml --ckpt_path last": "",
     "stableedit test --config configs/demo.yaml --ckpt_path last": "",
     "stableedit predict --config configs/demo.yaml --ckpt_path last": "",
@@ -64,6 +66,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (copy / ".venv").symlink_to(sys.prefix)
     row = blocks("json")[0]
     (copy / "edits.jsonl").write_text(row, encoding="utf-8")
+    demo = (ROOT / "stableedit_pl/demo/warmup.jsonl").read_text().splitlines(keepends=True)
+    (copy / "other_edits.jsonl").write_text("".join(demo[:8]), encoding="utf-8")
     own = (ROOT / "configs/own_data.yaml").read_text()
     own = own.replace("FOLDER_OR_HUB_ID", "demo").replace("PATH_TO_EDITS", "edits.jsonl")
     (copy / "my_run.yaml").write_text(

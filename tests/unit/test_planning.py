@@ -169,11 +169,11 @@ def test_two_forms_of_one_setting_are_refused() -> None:
     with pytest.raises(SettingError, match=r"both ridge=2 and relative_ridge=0.1 are given.*set one of them to null"):
         MethodSettings(ridge=2, relative_ridge=0.1)
     mixed = MethodSettings(ridge=2.0)
-    assert mixed.relative_step == 0.1 and mixed.relative_ridge is None and mixed.relative
+    assert mixed.relative_step == 0.2 and mixed.relative_ridge is None and mixed.relative
 
 
 def test_the_defaults_are_the_designs() -> None:
-    relative = {"relative_step": 0.1, "relative_ridge": 0.01}
+    relative = {"relative_step": 0.2, "relative_ridge": 0.01}
     assert MethodSettings() == MethodSettings("whiten", None, None, 1.0, 0.0, "auto", **relative, passes=1)
     assert MethodSettings(prior_strength=0, eigenvalue_floor=0)
 
