@@ -3,6 +3,7 @@
 from stableedit_pl.callbacks.device_placement import DevicePlacement
 from stableedit_pl.callbacks.edit_evaluation import EditEvaluation
 from stableedit_pl.callbacks.edit_ledger import EditLedger
+from stableedit_pl.callbacks.protected_directions import ProtectedDirections
 from stableedit_pl.callbacks.rank_agreement import RankAgreement
 from stableedit_pl.callbacks.run_advice import RunAdvice
 from stableedit_pl.callbacks.run_curves import RunCurves
@@ -16,6 +17,7 @@ __all__ = [
     "DevicePlacement",
     "EditEvaluation",
     "EditLedger",
+    "ProtectedDirections",
     "RankAgreement",
     "RunAdvice",
     "RunCurves",

@@ -20,6 +20,7 @@ from stableedit_pl.devices import ranks
 from stableedit_pl.devices.division import DivideAlgebra, solve_together
 from stableedit_pl.devices.shares import Share, gather_edits
 from stableedit_pl.errors import SettingError, refuse_differences, require_choice
+from stableedit_pl.method.guard import Guard
 from stableedit_pl.method.normalization import Normalization, WhiteningSolver
 from stableedit_pl.method.scales import Scale, plain_scales
 from stableedit_pl.method.settings import BEFORE_PASSES, MethodSettings
@@ -356,6 +357,7 @@ class LifelongEditor(ScoredModel):
             "rejected_turns": list(self.state.rejected_turns),
             "update_norms": list(self.state.update_norms),
             "scales": plain_scales(self.state.scales),
+            "guards": {name: vars(guard) for name, guard in self.state.guards.items()},
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -375,6 +377,7 @@ class LifelongEditor(ScoredModel):
         self.state.rejected_turns = list(stored["rejected_turns"])
         self.state.update_norms = list(stored["update_norms"])
         self.state.scales = {scope: Scale(**scale) for scope, scale in stored.get("scales", {}).items()}
+        self.state.guards = {name: Guard(**guard) for name, guard in stored.get("guards", {}).items()}
         self.forked_from = stored["forked_from"]
         # Lightning stores "that was the last batch"; a stream or horizon that grew since would end at once.
         loop = checkpoint.get("loops", {}).get("fit_loop", {})

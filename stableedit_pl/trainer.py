@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning.pytorch.strategies import Strategy
 from stableedit_pl.callbacks import (
     EditEvaluation,
     EditLedger,
+    ProtectedDirections,
     RankAgreement,
     RunAdvice,
     RunCurves,
@@ -268,7 +270,7 @@ class EditTrainer(Trainer):
         model.configure_model()
         model.to(self.strategy.root_device)
         self.precision_plugin.convert_module(model)
-        progress = self.progress_bar_callback is not None
+        protected = next((one for one in self.callbacks if isinstance(one, ProtectedDirections)), None)
         found = tune(
             model,
             datamodule,
@@ -278,7 +280,8 @@ class EditTrainer(Trainer):
             rule=rule,
             floors=floors,
             seed=seed,
-            progress=progress,
+            progress=self.progress_bar_callback is not None,
+            protect=None if protected is None else partial(protected.guards, model, datamodule),
         )
         self.tuned_files = found.write(Path(out).expanduser())
         return found

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from stableedit_pl.method.guard import Guard
 from stableedit_pl.method.moments import all_finite
 from stableedit_pl.method.normalization import KeptRoot, Solver
 from stableedit_pl.method.problem import Problem, Solution, Solve, solve_all
@@ -176,6 +177,7 @@ def draft_turn(
     scales: Scales | None = None,
     output_norms: Mapping[str, Tensor] | None = None,
     count_rows: bool = True,
+    guards: Mapping[str, Guard] | None = None,
 ) -> TurnDraft:
     """Compute a turn, or the first of its passes, without writing anything, and without waiting for the device.
 
@@ -193,6 +195,7 @@ def draft_turn(
         output_norms: site name to the norm of its output at each of the turn's answer tokens, ``[N]``; needed where
             ``relative_step`` has still to become a number.
         count_rows: False where the statistics know the turn's rows already.
+        guards: site name to what its update leaves alone.
     """
     # The algebra happens where the moments live, which need not be the model's device.
     names_in_order = list(captured)
@@ -217,6 +220,7 @@ def draft_turn(
             settings,
             known.get(scope) or _first_scale(members[scope], settings),
             root=KeptRoot() if settings.passes > 1 else None,
+            guards={} if guards is None else guards,
         )
         for scope in scopes
     }

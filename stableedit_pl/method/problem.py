@@ -6,11 +6,12 @@ Nothing here waits for the device, and nothing is written.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from stableedit_pl.method.guard import Guard
 from stableedit_pl.method.moments import Moments
 from stableedit_pl.method.normalization import KeptRoot, Solver, WhiteningSolver, normalize, solver_for
 from stableedit_pl.method.ridge import SiteUpdate, ridge_update, targets
@@ -46,6 +47,7 @@ class Problem:
         scale: its absolute settings here.
         weights: how much of each row's target is left, ``[rows of a site]``; None for all of it.
         root: what passes of one turn share; None where there is one.
+        guards: site name to what its update leaves alone; without the sites that have no such thing.
     """
 
     rows: Mapping[str, Rows]
@@ -55,6 +57,7 @@ class Problem:
     scale: Scale
     weights: Tensor | None = None
     root: KeptRoot | None = None
+    guards: Mapping[str, Guard] = field(default_factory=dict)
 
     def solver(self) -> Solver | None:
         """Who will take the inverse root."""
@@ -72,7 +75,7 @@ class Problem:
         for (name, own), value in zip(self.rows.items(), wanted, strict=True):
             if self.weights is not None:
                 value = value * self.weights.to(value.device, value.dtype).unsqueeze(1)
-            solved[name] = Solution(*ridge_update(own.keys, value, self.scale.ridge), solver)
+            solved[name] = Solution(*ridge_update(own.keys, value, self.scale.ridge, self.guards.get(name)), solver)
         return solved
 
     def _targets(self, rows: Sequence[Rows]) -> tuple[Tensor, Solver | None]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stableedit_pl.method.guard import Guard
+
 
 @dataclass(frozen=True)
 class SiteUpdate:
@@ -74,13 +76,14 @@ def targets(normalized_keys: Tensor, normalized_gradients: Tensor, step_size: fl
     return -step_size * normalized_keys.square().sum(dim=1, keepdim=True) * normalized_gradients
 
 
-def ridge_update(keys: Tensor, values: Tensor, ridge: float) -> tuple[SiteUpdate, Tensor]:
+def ridge_update(keys: Tensor, values: Tensor, ridge: float, guard: Guard | None = None) -> tuple[SiteUpdate, Tensor]:
     """Solve the turn's ridge regression.
 
     Args:
         keys: ``K``, float32 ``[N, d_in]``, as captured (not normalized).
         values: ``V``, float32 ``[N, d_out]``.
         ridge: positive weight of ``||Delta||^2``.
+        guard: directions that the update is to leave alone, see :mod:`stableedit_pl.method.guard`; in the dual form.
 
     Returns:
         The update, and the verdict on it, an int32 scalar on its device: not zero where the system is not positive
@@ -98,6 +101,11 @@ def ridge_update(keys: Tensor, values: Tensor, ridge: float) -> tuple[SiteUpdate
     # float64 throughout: similar keys with different targets give large coefficients that cancel, and float32 is left
     # with too few digits of the difference, silently. The systems are small.
     k, v = keys.double(), values.double()
+    if guard is not None:
+        held = guard.held_back(keys, ridge)
+        cross = held @ k.T
+        right, failed = _solve((cross + cross.T) / 2, v, ridge)  # symmetric but for rounding
+        return SiteUpdate(left=held.float(), right=right), failed
     if rows < d_in:
         gram = k @ k.T
         right, failed = _solve(gram.clone(), v, ridge)

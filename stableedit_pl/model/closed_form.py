@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from stableedit_pl.method.guard import Guard
 from stableedit_pl.method.planning import BadTurn, TurnDraft, TurnPlan, draft_turn, refuse_zero, what_is_left
 from stableedit_pl.method.problem import Solve, solve_all
 from stableedit_pl.method.ridge import SiteUpdate
@@ -39,6 +40,7 @@ class EditorState:
         committed_turns: how many turns have been committed.
         committing: True only while a commit writes; a state in which nothing may be saved.
         scales: absolute settings that relative ones became, by scope.
+        guards: site name to what updates leave alone; empty where nothing is.
         rejected_turns: indices of turns whose numbers were bad, so that nothing of them was applied.
         update_norms: norm of each of the last ``NORMS_KEPT`` updates, all sites together.
     """
@@ -47,6 +49,7 @@ class EditorState:
     committed_turns: int = 0
     committing: bool = False
     scales: dict[str, Scale] = field(default_factory=dict)
+    guards: dict[str, Guard] = field(default_factory=dict)
     rejected_turns: list[int] = field(default_factory=list)
     update_norms: list[float] = field(default_factory=list)
 
@@ -204,6 +207,7 @@ class ClosedFormEdit(Optimizer):
             self.editor_state.scales if given.keep_scales else None,
             captured.output_norms,
             given.count_rows,
+            self.editor_state.guards,
         )
         if not given.keep_scales:
             draft = replace(draft, kept_scales={})

@@ -143,6 +143,10 @@ class Encoder:
             skipped=tuple(token for token, keep in zip(target_ids, counted, strict=True) if not keep),
         )
 
+    def text(self, text: str) -> list[int]:
+        """Tokens of a text by itself, special tokens before it included."""
+        return self._prompts([text])[0]
+
     def refusals(self, pairs: Sequence[tuple[str, str]]) -> list[str | None]:
         """Find out which prompts and targets :meth:`encode` would refuse, many at a time; keeps no tokens.
 

@@ -1,7 +1,7 @@
 """Short streams of edits on a loaded model, whose weights are put back afterwards."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stableedit_pl.data.record_encoding import EncodedRecord
 from stableedit_pl.editor import LifelongEditor
+from stableedit_pl.method.guard import Guard
 from stableedit_pl.method.planning import BadTurn
 from stableedit_pl.method.settings import MethodSettings
 from stableedit_pl.method.statistics import LNStatistics
@@ -25,6 +26,8 @@ from stableedit_pl.tune.candidates import Candidate
 
 LOWER_MEGABYTES = 1024.0
 """Bound on the outputs of layers below the sites that are kept, for all site sets together."""
+
+Protect = Callable[[list[Site], PartialForward], dict[str, Guard]]
 
 KEPT = 0.03
 """Share of the loss that the gradients promise which a stream's first pass must gain."""
@@ -63,6 +66,7 @@ class _SiteSet:
     statistics: LNStatistics
     first: Captured | None = None
     passes: list[list[Pass]] = field(default_factory=list)
+    guards: dict[str, Guard] = field(default_factory=dict)
 
 
 class Bench:
@@ -76,6 +80,7 @@ class Bench:
         turn_size: edits of a turn.
         batching: makes a turn's micro-batches.
         rule: of the scores.
+        protect: finds what updates of sites leave alone; None where they leave nothing.
     """
 
     def __init__(
@@ -85,8 +90,10 @@ class Bench:
         turn_size: int,
         batching: Batching,
         rule: ScoringRule,
+        protect: Protect | None = None,
     ) -> None:
         """See the class."""
+        self.protect = protect
         self.editor, self.rule = editor, rule
         self.turns = [list(rows[start : start + turn_size]) for start in range(0, len(rows), turn_size)]
         self.batching = batching
@@ -95,7 +102,8 @@ class Bench:
 
     def begin(self, candidate: Candidate) -> Stream:
         """A stream before its first turn."""
-        return Stream(candidate, EditorState(self._site_set(candidate.sites).statistics))
+        found = self._site_set(candidate.sites)
+        return Stream(candidate, EditorState(found.statistics, guards=found.guards))
 
     def advance(self, stream: Stream, turns: int) -> None:
         """Apply turns up to ``turns`` in all, and score all edits applied so far; the model is as before afterwards."""
@@ -164,6 +172,8 @@ class Bench:
                 found.statistics = found.statistics.updated(captured.rows)
                 found.first = found.first or captured
                 found.passes.append(captured.passes)
+            if self.protect is not None:
+                found.guards = self.protect(sites, forward)
             self._sets[patterns] = found
             if not self._base:
                 self._base = [self._answers(found, turn) for turn in self.turns]

@@ -16,7 +16,7 @@ from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.errors import SettingError
 from stableedit_pl.method.settings import RELATIVE_RIDGE, RELATIVE_STEP
 from stableedit_pl.model.micro_batches import Batching
-from stableedit_pl.tune.bench import Bench, Stream
+from stableedit_pl.tune.bench import Bench, Protect, Stream
 from stableedit_pl.tune.candidates import Candidate, candidates, site_windows
 from stableedit_pl.tune.halving import Budget, halve
 from stableedit_pl.tune.outcome import Goal, TuneResult
@@ -38,6 +38,7 @@ def tune(
     floors: Mapping[str, float] | None = None,
     seed: int = 0,
     progress: bool = True,
+    protect: Protect | None = None,
 ) -> TuneResult:
     """Search sites, step, ridge and passes for a model and a kind of rows.
 
@@ -54,6 +55,7 @@ def tune(
         floors: score kind to the least that it may be; settings below come after all others.
         seed: of the order in which settings are tried.
         progress: show a bar.
+        protect: finds what updates of sites leave alone, as the run's callback ProtectedDirections does.
 
     Returns:
         What was found; also after Ctrl-C.
@@ -76,6 +78,7 @@ def tune(
         turn_size,
         Batching(stream.micro_batch_tokens, stream.micro_batch_size, editor.loss_reduction == "micro_batch_mean"),
         rule,
+        protect,
     )
     own_sites = tuple(editor.site_patterns)
     windows = [sites for sites in site_windows(editor.model, editor.hidden_size()) if sites != own_sites]

@@ -7,7 +7,7 @@ import torch
 from edit_runs import assert_same_state, curves, fit, ledger, results, saved_state
 from tiny import LLAMA_SITE, edit_rows, write_stream
 
-from stableedit_pl.callbacks import EditEvaluation, RunAdvice, WarmUp
+from stableedit_pl.callbacks import EditEvaluation, ProtectedDirections, RunAdvice, WarmUp
 from stableedit_pl.cli.verify import verify_run
 from stableedit_pl.errors import IncompatibleCheckpoint, SettingError
 from stableedit_pl.run.files.checkpoint_file import read_checkpoint
@@ -147,3 +147,42 @@ def test_lost_specificity_is_said_once_and_a_good_run_says_nothing(
     recwarn.clear()
     fit(tmp_path / "good", llama_folder, {"path": stream_file}, RELATIVE, callbacks=callbacks(0.01))
     assert not [one for one in recwarn if "model." in str(one.message)]
+
+
+# ---- protected directions
+
+
+def test_protected_directions_keep_unrelated_answers_and_resume_exactly(
+    tmp_path: Path, llama_folder: str, stream_file: str, warmup_file: str
+) -> None:
+    data = {"path": stream_file, "warmup_path": warmup_file}
+    strong = {**RELATIVE, "relative_step": 0.5}
+    callbacks = lambda **more: [WarmUp(mode="statistics_only"), ProtectedDirections(weight=1.0, **more)]  # noqa: E731
+    fit(tmp_path / "plain", llama_folder, data, strong, callbacks=[WarmUp(mode="statistics_only")])
+    fit(tmp_path / "whole", llama_folder, data, strong, callbacks=callbacks())
+    scores = [results(tmp_path / name)["retained"]["specificity"] for name in ("plain", "whole")]
+    assert scores[1] > scores[0]
+    for stop in (1, 4):
+        run = tmp_path / f"run{stop}"
+        fit(run, llama_folder, data, strong, callbacks=callbacks(), trainer={"max_steps": 2 + stop})
+        fit(run, llama_folder, data, strong, callbacks=callbacks(), ckpt_path="last")
+        assert_same_state(saved_state(run), saved_state(tmp_path / "whole"))
+    with pytest.raises(IncompatibleCheckpoint, match="'rank': 512"):
+        fit(run, llama_folder, data, strong, callbacks=callbacks(rank=3), ckpt_path="last")
+    with pytest.raises(IncompatibleCheckpoint, match="began without ProtectedDirections"):
+        fit(tmp_path / "plain", llama_folder, data, strong, callbacks=callbacks(), trainer={"max_steps": 9},
+            ckpt_path="last")  # fmt: skip
+
+
+def test_the_protected_text_may_be_a_file_of_lines(tmp_path: Path, llama_folder: str, stream_file: str) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("w1 w2 w3 w4 w5\n\nw9 w8 w7 w6\n")
+    editor = fit(tmp_path / "run", llama_folder, {"path": stream_file}, RELATIVE,
+                 callbacks=[ProtectedDirections(path=str(text))])  # fmt: skip
+    assert 0 < len(editor.state.guards[LLAMA_SITE].energies) <= 9
+    with pytest.raises(SettingError, match="ProtectedDirections needs text that is not edited"):
+        fit(tmp_path / "other", llama_folder, {"path": stream_file}, RELATIVE, callbacks=[ProtectedDirections()])
+    text.write_text("\n \n")
+    with pytest.raises(SettingError, match=r"text.txt has no line of text"):
+        fit(tmp_path / "empty", llama_folder, {"path": stream_file}, RELATIVE,
+            callbacks=[ProtectedDirections(path=str(text))])  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 import yaml
 from tiny import LLAMA_SITE, edit_rows, tiny_llama, write_stream
 
+from stableedit_pl.callbacks import ProtectedDirections
 from stableedit_pl.data.stream import EditStream
 from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.errors import SettingError
@@ -80,6 +81,16 @@ def test_the_same_seed_finds_the_same_with_a_runs_scores(tmp_path: Path, llama_f
     fit(tmp_path / "check", llama_folder, data, model, callbacks=[WarmUp(mode="statistics_only", turns=4)])
     retained = results(tmp_path / "check")["retained"]
     assert best.scores == pytest.approx({kind: retained[kind] for kind in best.scores}, abs=1e-6)
+
+
+def test_protected_directions_of_the_run_are_tuned_with(tmp_path: Path, llama_folder: str, parts: Any) -> None:
+    editor, stream, trainer = parts
+    plain = trainer.tune(editor, stream, out=str(tmp_path / "plain.yaml"), trials=1)
+    guarded = EditTrainer(run_dir=str(tmp_path / "run"), accelerator="cpu", enable_progress_bar=False, logger=False,
+                          callbacks=[ProtectedDirections(weight=3.0)])  # fmt: skip
+    found = guarded.tune(editor, stream, out=str(tmp_path / "guarded.yaml"), trials=1)
+    assert found.streams[0].state.guards[LLAMA_SITE].weight == 3.0
+    assert found.streams[0].scores["specificity"] > plain.streams[0].scores["specificity"]
 
 
 def test_rows_that_the_stream_edits_are_refused(tmp_path: Path, parts: Any) -> None:
