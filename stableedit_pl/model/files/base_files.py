@@ -1,0 +1,68 @@
+"""The files of a base model: where they lie, and which of them cannot be edited, told before anything is loaded."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import find_adapter_config_file
+
+from stableedit_pl.errors import LoadingError
+
+ADAPTER = "adapter_config.json"
+
+
+def refuse_adapter(base_model: str, source: str) -> None:
+    """Refuse weights that are only whole together with an adapter's.
+
+    With the package peft, transformers would lay the adapter over them and save nothing but it; without, ignore it.
+
+    Args:
+        base_model: as the user named it.
+        source: folder or hub id.
+
+    Raises:
+        LoadingError: saying how adapters are merged.
+    """
+    if find_adapter_config_file(source) is None:
+        return
+    raise LoadingError(
+        f"base_model {base_model!r} holds a PEFT adapter ({ADAPTER}), and edits go to whole weights: they would be "
+        "made without the adapter, or lost at export. Merge it first, with the packages peft and transformers:\n"
+        "  model = AutoModelForCausalLM.from_pretrained(WHOLE_MODEL)\n"
+        f"  PeftModel.from_pretrained(model, {source!r}).merge_and_unload().save_pretrained(FOLDER)\n"
+        f"  AutoTokenizer.from_pretrained({source!r}).save_pretrained(FOLDER)\n"
+        f"and give FOLDER as base_model. To edit the model as it is without the adapter, take {ADAPTER} and the "
+        "adapter's weights out of the folder."
+    )
+
+
+def refuse_quantized(base_model: str, config: Mapping[str, Any]) -> None:
+    """Refuse a configuration of quantized weights: an edit adds small numbers, which integers cannot take.
+
+    Args:
+        base_model: as the user named it.
+        config: as in its ``config.json``.
+
+    Raises:
+        LoadingError: naming the kind of quantization.
+    """
+    parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
+    found = next((part["quantization_config"] for part in parts if part.get("quantization_config") is not None), None)
+    if found is None:
+        return
+    kind = found.get("quant_method") if isinstance(found, Mapping) else None
+    raise LoadingError(
+        f"base_model {base_model!r} is quantized ({kind or 'quantization_config'} in its config.json), and quantized "
+        "weights cannot be edited. Give the unquantized model that it was made from (float32, bfloat16 or float16), "
+        "and quantize what export writes."
+    )
+
+
+def stated_config(folder: Path) -> Mapping[str, Any]:
+    """What ``config.json`` in a folder says; nothing where it is not there or is no JSON object."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
