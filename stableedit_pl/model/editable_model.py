@@ -13,7 +13,13 @@ from stableedit_pl.devices.sharding import ShardingError, shard_model
 from stableedit_pl.errors import SettingError, require_choice
 from stableedit_pl.model.asking import Scorer, ScoringPrecision, ScoringRule, autocast
 from stableedit_pl.model.encoding import EncodedPrompts, Encoder
-from stableedit_pl.model.loading import ModelDtype, context_length, load_language_model, load_tokenizer
+from stableedit_pl.model.loading import (
+    ModelDtype,
+    context_length,
+    load_language_model,
+    load_tokenizer,
+    vocabulary_size,
+)
 from stableedit_pl.model.lower_outputs import LowerOutputs
 from stableedit_pl.model.partial_forward import PartialForward
 from stableedit_pl.model.scoring import RecordAnswers, answer_records, score_records
@@ -65,6 +71,7 @@ class EditableModel(LightningModule):
         self.edits_loaded = False
         self._divided = False
         self._tokenizer: Any = None
+        self._pad_id: int | None = None
         self._partial_forward: PartialForward | None = None
         self._scoring_precision: ScoringPrecision | None = None
 
@@ -77,7 +84,9 @@ class EditableModel(LightningModule):
 
     def encoder(self, count_bare_space: bool = False) -> Encoder:
         """Encodes text for this model."""
-        return Encoder(self.tokenizer, context_length(self.base_model), count_bare_space)
+        return Encoder(
+            self.tokenizer, context_length(self.base_model), count_bare_space, vocabulary_size(self.base_model)
+        )
 
     def configure_model(self) -> None:
         """Load the base model and find its sites; does nothing the second time.
@@ -140,7 +149,9 @@ class EditableModel(LightningModule):
     @property
     def pad_id(self) -> int:
         """Token id that fills padding."""
-        return Encoder(self.tokenizer).pad_id
+        if self._pad_id is None:
+            self._pad_id = self.encoder().pad_id
+        return self._pad_id
 
     def scorer(self, rule: ScoringRule | None = None) -> Scorer:
         """Asks this model, by ``rule`` or the editor's own."""

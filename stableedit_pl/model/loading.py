@@ -67,9 +67,9 @@ def load_language_model(base_model: str, model_dtype: str = "auto", device_map: 
     with _explained(f"base_model {base_model!r}"):
         refuse_adapter(base_model, source)
         # Weights of another size are named below, with those that are missing.
-        model, found = AutoModelForCausalLM.from_pretrained(
-            source, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+        options |= {"trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options)
+    model, found = loaded
     _refuse_drawn_weights(base_model, found)
     return model.eval().requires_grad_(False)
 
@@ -92,7 +92,9 @@ def load_skeleton(base_model: str, model_dtype: str = "auto") -> Any:
     with _explained(f"the configuration of base_model {base_model!r}"):
         dtype = _DTYPES.get(model_dtype) or config.get_text_config().dtype or torch.float32
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=dtype, trust_remote_code=False
+            )
         model.tie_weights()
     return model.eval().requires_grad_(False)
 
