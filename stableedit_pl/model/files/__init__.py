@@ -2,5 +2,6 @@
 
 Imports ``devices`` and ``errors``.
 
-Read ``base_files`` (which files, and which are refused before they are loaded).
+Read ``base_files`` (which files, and which are refused before they are loaded), ``shards`` (a file of weights),
+``edited_folder``.
 """

@@ -5,11 +5,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from stableedit_pl.errors import LoadingError
 
 ADAPTER = "adapter_config.json"
+
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""In the order in which transformers looks for them."""
+
+_NOT_FETCHED = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.ot", "*.gguf", "*.onnx*", "*/*"]
+"""Weights, which loading fetches, and folders, which hold more of them."""
 
 
 def refuse_adapter(base_model: str, source: str) -> None:
@@ -57,6 +69,40 @@ def refuse_quantized(base_model: str, config: Mapping[str, Any]) -> None:
         "weights cannot be edited. Give the unquantized model that it was made from (float32, bfloat16 or float16), "
         "and quantize what export writes."
     )
+
+
+def base_folder(source: str, commit: str | None = None) -> Path:
+    """The folder in which a base model's files lie; a hub id's is its snapshot in the cache.
+
+    What is not there yet beside the weights (a processor's files, say) is fetched, where the hub can be reached.
+
+    Args:
+        source: folder or hub id.
+        commit: of the hub's repository; None for the newest that is known.
+
+    Raises:
+        LoadingError: if there is no such folder.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(source, revision=commit, ignore_patterns=_NOT_FETCHED))
+    except (OSError, ValueError) as error:
+        raise LoadingError(f"the files of base_model {source!r} are not there any more: {error}") from error
+
+
+def weight_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The index (none or one file) and the files from which transformers loads a folder's weights."""
+    stated = stated_config(folder).get("transformers_weights")
+    for name in [stated] if isinstance(stated, str) else _WEIGHT_FILES:
+        file = folder / name
+        if not file.is_file():
+            continue
+        if not name.endswith(".index.json"):
+            return [], [file]
+        shards = json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()
+        return [file], [folder / shard for shard in dict.fromkeys(sorted(shards))]
+    return [], []
 
 
 def stated_config(folder: Path) -> Mapping[str, Any]:
