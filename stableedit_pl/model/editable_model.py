@@ -15,7 +15,7 @@ from stableedit_pl.devices.sharding import ShardingError, shard_model
 from stableedit_pl.errors import SettingError, require_choice
 from stableedit_pl.model.asking import Scorer, ScoringPrecision, ScoringRule, autocast
 from stableedit_pl.model.encoding import EncodedPrompts, Encoder
-from stableedit_pl.model.files.base_files import base_folder
+from stableedit_pl.model.files.base_files import base_folder, hub_commit
 from stableedit_pl.model.files.edited_folder import NotStoredAlone, write_edited_folder, write_serialized_folder
 from stableedit_pl.model.files.shards import Wanted
 from stableedit_pl.model.loading import (
@@ -115,7 +115,7 @@ class EditableModel(LightningModule):
                 )
             return
         self.model = load_language_model(self.base_model, self.model_dtype, self.device_map)
-        self.base_commit = getattr(self.model.config, "_commit_hash", None)
+        self.base_commit = hub_commit(resolve_base_model(self.base_model))
         self._stored_dtype = self.model.dtype if self.model_dtype == "auto" else None
         names = site_names(self.model, self.site_patterns)
         if mesh is not None:

@@ -8,30 +8,26 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from stableedit_pl.demo import demo_path
 from stableedit_pl.errors import LoadingError, require_choice
-from stableedit_pl.model.files.base_files import refuse_adapter, refuse_quantized
+from stableedit_pl.model.files.base_files import DEMO, refuse_adapter, refuse_quantized, resolve_base_model
 
 __all__ = [
-    *("DEMO", "LoadingError", "ModelDtype", "context_length", "load_language_model", "load_skeleton"),
-    *("load_tokenizer", "resolve_base_model", "vocabulary_size"),
+    "DEMO",
+    "LoadingError",
+    "ModelDtype",
+    "context_length",
+    "load_language_model",
+    "load_skeleton",
+    "load_tokenizer",
+    "resolve_base_model",
+    "vocabulary_size",
 ]
-
-DEMO = "demo"
-"""What ``base_model``, ``path`` and ``warmup_path`` say to mean the demo shipped with the package."""
 
 ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _LISTED = 5
 """Weights named in one message."""
-
-
-def resolve_base_model(base_model: str) -> str:
-    """The folder or hub id that ``base_model`` stands for (``demo``: the shipped model)."""
-    if base_model == DEMO:
-        return str(demo_path("model"))
-    return str(Path(base_model).expanduser()) if base_model.startswith("~") else base_model
 
 
 def load_tokenizer(base_model: str) -> Any:

@@ -3,5 +3,5 @@
 Imports ``devices`` and ``errors``.
 
 Read ``base_files`` (which files, and which are refused before they are loaded), ``shards`` (a file of weights),
-``edited_folder``.
+``edited_folder``, ``weights_digest``.
 """

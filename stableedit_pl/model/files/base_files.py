@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from transformers.utils.peft_utils import find_adapter_config_file
-
+from stableedit_pl.demo import demo_path
 from stableedit_pl.errors import LoadingError
+
+DEMO = "demo"
+"""What ``base_model``, ``path`` and ``warmup_path`` say to mean the demo shipped with the package."""
 
 ADAPTER = "adapter_config.json"
 
@@ -24,6 +25,13 @@ _NOT_FETCHED = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", 
 """Weights, which loading fetches, and folders, which hold more of them."""
 
 
+def resolve_base_model(base_model: str) -> str:
+    """The folder or hub id that ``base_model`` stands for (``demo``: the shipped model)."""
+    if base_model == DEMO:
+        return str(demo_path("model"))
+    return str(Path(base_model).expanduser()) if base_model.startswith("~") else base_model
+
+
 def refuse_adapter(base_model: str, source: str) -> None:
     """Refuse weights that are only whole together with an adapter's.
 
@@ -36,6 +44,8 @@ def refuse_adapter(base_model: str, source: str) -> None:
     Raises:
         LoadingError: saying how adapters are merged.
     """
+    from transformers.utils.peft_utils import find_adapter_config_file  # seconds, that verify need not wait
+
     if find_adapter_config_file(source) is None:
         return
     raise LoadingError(
@@ -85,10 +95,32 @@ def base_folder(source: str, commit: str | None = None) -> Path:
     """
     if Path(source).is_dir():
         return Path(source)
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(source, revision=commit, ignore_patterns=_NOT_FETCHED))
     except (OSError, ValueError) as error:
         raise LoadingError(f"the files of base_model {source!r} are not there any more: {error}") from error
+
+
+def folder_at_hand(source: str, commit: str | None = None) -> Path | None:
+    """As :func:`base_folder`, but nothing is fetched; None where the files are not on this machine."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(source, "config.json", revision=commit)
+    except HFValidationError:  # a folder that is not there
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def hub_commit(source: str) -> str | None:
+    """The commit of a hub id's newest snapshot on this machine, as hubs count them; None for a folder."""
+    folder = None if Path(source).is_dir() else folder_at_hand(source)
+    return None if folder is None else folder.name  # snapshots/COMMIT
 
 
 def weight_files(folder: Path) -> tuple[list[Path], list[Path]]:
