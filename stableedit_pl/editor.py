@@ -310,7 +310,6 @@ class LifelongEditor(ScoredModel):
         """
         self.configure_model()
         self.state.statistics = load_tensors(self.sites, self.state.statistics, state_dict)
-        self.edits_loaded = True
         return _IncompatibleKeys([], [])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -76,7 +76,6 @@ class EditableModel(LightningModule):
         self.scoring_batch_size = scoring_batch_size
         self.device_map: Any = None
         self.sites: list[Site] = []
-        self.edits_loaded = False
         self.base_commit: str | None = None
         self._stored_dtype: torch.dtype | None = None
         self._divided = False
@@ -123,6 +122,10 @@ class EditableModel(LightningModule):
             self.model.eval()
             self._divided = True
         self.sites = [Site(name, self.model.get_submodule(name)) for name in names]
+
+    def is_edited(self) -> bool:
+        """Whether any weight in memory is not the base model's, however that came about; all ranks must ask."""
+        return any([site.is_edited() for site in self.sites])  # of every site: ranks answer together
 
     @contextlib.contextmanager
     def base_weights(self) -> Iterator[None]:
