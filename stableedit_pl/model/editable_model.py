@@ -21,6 +21,7 @@ from stableedit_pl.model.files.shards import Wanted
 from stableedit_pl.model.loading import (
     ModelDtype,
     context_length,
+    hidden_size,
     load_language_model,
     load_tokenizer,
     resolve_base_model,
@@ -96,6 +97,10 @@ class EditableModel(LightningModule):
         return Encoder(
             self.tokenizer, context_length(self.base_model), count_bare_space, vocabulary_size(self.base_model)
         )
+
+    def hidden_size(self) -> int:
+        """Width of the base model's hidden state, known before it is loaded."""
+        return hidden_size(self.base_model)
 
     def configure_model(self) -> None:
         """Load the base model and find its sites; does nothing the second time.

@@ -16,6 +16,7 @@ __all__ = [
     "LoadingError",
     "ModelDtype",
     "context_length",
+    "hidden_size",
     "load_language_model",
     "load_skeleton",
     "load_tokenizer",
@@ -103,6 +104,18 @@ def context_length(base_model: str) -> int | None:
 def vocabulary_size(base_model: str) -> int | None:
     """Token ids that the base model has embeddings for, by its configuration; None if it states none."""
     return _stated_size(base_model, "vocab_size")
+
+
+def hidden_size(base_model: str) -> int:
+    """Width of the hidden state by the base model's configuration.
+
+    Raises:
+        LoadingError: if it states none.
+    """
+    width = _stated_size(base_model, "hidden_size")
+    if width is None:
+        raise LoadingError(f"the configuration of base_model {base_model!r} does not state a hidden_size")
+    return width
 
 
 def _stated_size(base_model: str, name: str) -> int | None:

@@ -33,7 +33,7 @@ def write_results(
     stream: EditStream,
     results: dict[str, Any],
     measured: Mapping[str, str],
-    forked_from: str | None = None,
+    forked_from: str | None,
 ) -> None:
     """Write ``results.json`` and show the same in TensorBoard.
 
@@ -78,7 +78,7 @@ def write_results(
     _show(trainer, results, hparams)
 
 
-_WARM_UP = ("position", "mode", "turns", "normalization")
+_WARM_UP = ("position", "mode", "turns", "normalization", "own_stream")
 
 
 def results_table(results: Mapping[str, Any]) -> str:
