@@ -19,7 +19,7 @@ from stableedit_pl.data.turns import Turn
 from stableedit_pl.devices import ranks
 from stableedit_pl.devices.division import DivideAlgebra, solve_together
 from stableedit_pl.devices.shares import Share, gather_edits
-from stableedit_pl.errors import SettingError, refuse_differences, require_choice
+from stableedit_pl.errors import SettingError, require_choice
 from stableedit_pl.method.guard import Guard
 from stableedit_pl.method.normalization import Normalization, WhiteningSolver
 from stableedit_pl.method.scales import Scale, plain_scales
@@ -28,13 +28,13 @@ from stableedit_pl.method.statistics import LNStatistics, StatisticsScope
 from stableedit_pl.model.asking import ScoringRule
 from stableedit_pl.model.capture import Captured, LossReduction, Pass
 from stableedit_pl.model.closed_form import BadTurns, ClosedFormEdit, EditorState, StepInput
-from stableedit_pl.model.digests import base_model_digest, tokenizer_digest
+from stableedit_pl.model.digests import base_model_digest, base_weights_digest, tokenizer_digest
 from stableedit_pl.model.editable_model import SpecificityReference
 from stableedit_pl.model.loading import ModelDtype
 from stableedit_pl.model.scoring import match
 from stableedit_pl.model.shared_capture import capture_together
 from stableedit_pl.run.files.checkpoint_io import read_checkpoint
-from stableedit_pl.run.files.saved_state import load_tensors, saved_tensors, stored_identity
+from stableedit_pl.run.files.saved_state import load_tensors, refuse_other_run, saved_tensors, stored_identity
 from stableedit_pl.run.guards import check_trainer
 from stableedit_pl.run.report import TurnReport
 from stableedit_pl.run.scored_model import ScoredModel
@@ -160,6 +160,7 @@ class LifelongEditor(ScoredModel):
                 site.master_device = self.state_devices.get(site.name)
             self.state = EditorState(LNStatistics.empty(self.sites, self.statistics_scope))
             self._base_digest = base_model_digest(self.model.config, self.sites)
+            self._base_weights = base_weights_digest(self.base_model, self.base_commit)
 
     def place_state(self) -> None:
         """Put moments and master weights where the algebra happens: as in ``state_devices``, or beside each site."""
@@ -189,9 +190,8 @@ class LifelongEditor(ScoredModel):
         """
         if self.start_from is not None:
             source = read_checkpoint(self.start_from)
-            shared = ("base_model", "sites", "statistics_scope")
-            theirs, ours = stored_identity(source)["fingerprint"], self.fingerprint()
-            refuse_differences(str(self.start_from), {k: theirs[k] for k in shared}, {k: ours[k] for k in shared})
+            shared = ("base_model", "base_weights", "sites", "statistics_scope")
+            refuse_other_run(str(self.start_from), stored_identity(source), self.identity(), shared)
             self.load_state_dict(source["state_dict"])
             self.forked_from = f"{self.start_from} ({stored_identity(source)['committed_turns']} turns)"
         self.place_state()
@@ -311,6 +311,7 @@ class LifelongEditor(ScoredModel):
         """What a checkpoint must share with the run that loads it: base model, sites and method."""
         return {
             "base_model": self._base_digest,
+            "base_weights": self._base_weights,
             "tokenizer": tokenizer_digest(self.tokenizer),
             "sites": [site.name for site in self.sites],
             **self.settings.identity(),
@@ -321,6 +322,10 @@ class LifelongEditor(ScoredModel):
             "bad_turns": self.bad_turns,
             "max_update_norm": self.max_update_norm,
         }
+
+    def identity(self) -> dict[str, Any]:
+        """The fingerprint, and the commit of the hub's repository that the base model was loaded from, if any."""
+        return {"fingerprint": self.fingerprint(), "base_commit": self.base_commit}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The edited sites' weights (``model.<name>.weight``) and the moments (``statistics/...``); nothing else.
@@ -344,13 +349,12 @@ class LifelongEditor(ScoredModel):
         """
         self.configure_model()
         self.state.statistics = load_tensors(self.sites, self.state.statistics, state_dict)
-        self.edits_loaded = True
         return _IncompatibleKeys([], [])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what identifies the run."""
         checkpoint["stableedit"] = {
-            "fingerprint": self.fingerprint(),
+            **self.identity(),
             "precision": str(self.trainer.precision),
             "committed_turns": self.state.committed_turns,
             "forked_from": self.forked_from,
@@ -368,11 +372,12 @@ class LifelongEditor(ScoredModel):
         """
         self.configure_model()
         stored = stored_identity(checkpoint)
-        theirs, ours = {**BEFORE_PASSES, **stored["fingerprint"]}, self.fingerprint()
+        ours = self.identity()
+        stored["fingerprint"] = {**BEFORE_PASSES, **stored["fingerprint"]}
         trainer = self._trainer  # none in load_from_checkpoint
         if trainer is not None and trainer.training:  # captures depend on it; scores may be taken in any
-            theirs["precision"], ours["precision"] = stored["precision"], str(trainer.precision)
-        refuse_differences("the checkpoint", theirs, ours)
+            ours["precision"] = str(trainer.precision)
+        refuse_other_run("the checkpoint", stored, ours)
         self.state.committed_turns = stored["committed_turns"]
         self.state.rejected_turns = list(stored["rejected_turns"])
         self.state.update_norms = list(stored["update_norms"])

@@ -8,6 +8,10 @@ class SettingError(ValueError):
     """A setting that is out of range or contradicts another; the message names it and what it may be."""
 
 
+class LoadingError(ValueError):
+    """A base model that cannot be had under the name given, or whose weights cannot be edited."""
+
+
 class IncompatibleCheckpoint(ValueError):
     """Saved state of another model, method or stream; the message says what differs."""
 

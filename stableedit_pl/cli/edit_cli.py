@@ -125,8 +125,8 @@ class EditCLI(LightningCLI):
         given = {kind: None if value is None else float(value) for kind, value in scores.items()}
         reference = self.model.specificity_measured_by
         say(f"\nScored by {self.model.scoring}; specificity against {reference}", end="")
-        say("" if self.model.edits_loaded else " (an unedited model always agrees with itself)")
-        say(scores_table({"edited" if self.model.edits_loaded else "base": given}))
+        say("" if self.model.edits_scored else " (an unedited model always agrees with itself)")
+        say(scores_table({"edited" if self.model.edits_scored else "base": given}))
 
     after_test = after_validate
 

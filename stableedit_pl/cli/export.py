@@ -60,6 +60,8 @@ def model_card(editor: LifelongEditor, run: RunDirectory) -> str:
     """A model card in Markdown: base model, sites, method, number of edits, scores where the run has them."""
     settings: dict[str, Any] = {name: value for name, value in editor.fingerprint().items() if name != "sites"}
     settings["base_model_digest"] = settings.pop("base_model")
+    if editor.base_commit is not None:
+        settings["base_model_commit"] = editor.base_commit
     dtype = str(editor.model.dtype).removeprefix("torch.")
     lines = [
         "---",
@@ -87,7 +89,8 @@ def model_card(editor: LifelongEditor, run: RunDirectory) -> str:
         edited = results["turns"] - results["warmup_turns"]
         lines += [
             "",
-            "`base_model_digest` is the SHA-256 of the base model's configuration and of the original weights above.",
+            "`base_model_digest` is the SHA-256 of the base model's configuration and of the original weights above, "
+            "`base_weights` that of all its weights.",
             "",
             f"{results['edits']} edits in {edited} turns, after {results['warmup_turns']} warm-up turns. Scores "
             f"({results['measured']['rule']}; specificity: {results['measured']['specificity']}):",

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from stableedit_pl.model.files.base_files import folder_at_hand, resolve_base_model
+from stableedit_pl.model.files.weights_digest import weights_digest
 from stableedit_pl.run.files.checkpoint_file import CheckpointError, read_checkpoint
 from stableedit_pl.run.files.directory import RunDirectory, RunDirectoryError
 from stableedit_pl.run.files.integrity import damage
@@ -75,6 +77,7 @@ def verify_run(run: str) -> Verdict:
     _statistics(directory.statistics, checkpoint, verdict)
     if ledger is not None:
         _results(directory.results, checkpoint, ledger, verdict)
+    _base_model(checkpoint, verdict)
     return verdict
 
 
@@ -203,4 +206,27 @@ def _results(path: Path, checkpoint: dict[str, Any], ledger: _Ledger, verdict: V
         same,
         "its at-edit efficacy is the ledger's mean",
         f"results.json says at-edit efficacy {at_edit}, the ledger's mean is {mean}",
+    )
+
+
+def _base_model(checkpoint: dict[str, Any], verdict: Verdict) -> None:
+    """Whether the base model is still the one that the run edits, where its files are at hand."""
+    identity = checkpoint["stableedit"]
+    wanted = identity["fingerprint"].get("base_weights")
+    if wanted is None:  # a checkpoint of before
+        return
+    base_model = checkpoint["hyper_parameters"]["base_model"]
+    folder = folder_at_hand(resolve_base_model(base_model), identity.get("base_commit"))
+    if folder is None:
+        return
+    try:
+        same = weights_digest(folder) == wanted
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        verdict.problems.append(f"base model {base_model}: its weights in {folder} cannot be read: {error}")
+        return
+    verdict.check(
+        same,
+        f"base model {base_model}: its weights are those that the run began with",
+        f"base model {base_model}: its weights in {folder} are not those that the run began with, so that it neither "
+        "resumes nor can be exported",
     )

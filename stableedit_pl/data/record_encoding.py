@@ -103,7 +103,7 @@ def _prompts(record: EditRecord) -> Iterator[tuple[str, str, str]]:
 
 
 def _problem(record: EditRecord, field: str, refusal: str) -> Problem:
-    about_target = "the target" in refusal and field == "prompt"
+    about_target = refusal.startswith("the target") and field == "prompt"
     return Problem(
         problem=refusal,
         remedy="Shorten or correct the text, or remove the row.",

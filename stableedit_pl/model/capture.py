@@ -20,7 +20,8 @@ from stableedit_pl.method.statistics import Rows
 from stableedit_pl.model.encoding import Batch, Encoding, collate
 from stableedit_pl.model.micro_batches import MicroBatches
 from stableedit_pl.model.partial_forward import PartialForward
-from stableedit_pl.model.sites import Site
+from stableedit_pl.model.sites import Site, SiteError
+from stableedit_pl.model.token_rows import token_index
 
 LossReduction = Literal["token_sum", "micro_batch_mean"]
 
@@ -54,14 +55,14 @@ class Taps:
         """Take a site's keys, and have its gradients taken."""
         assert self.batch is not None
         if name in self.keys:
-            raise RuntimeError(f"site {name} runs twice in one forward pass: such a shared layer cannot be edited")
+            raise SiteError(f"site {name} runs twice in one forward pass: such a shared layer cannot be edited")
         if not output.requires_grad:
             output.requires_grad_(True)
         # Above the first site outputs depend on it, and the backward pass for it comes past them. Where weights have
         # gradients of their own no output is a leaf, and each is asked for.
         if output.is_leaf or not any(start.is_leaf for start in self.starts):
             self.starts.append(output)
-        answers = self.batch.on(output.device)
+        answers = token_index(name, self.batch, inputs, output)
         self.keys[name] = local(inputs).detach()[answers]
         self.squares[name] = local(output).detach()[answers].float().square().sum(dim=1, keepdim=True)
         gradients = self.gradients
@@ -187,7 +188,8 @@ def capture(
         Rows in float32 on the device of each site.
 
     Raises:
-        RuntimeError: if a site takes no part in the forward pass or in the loss.
+        SiteError: if a site takes no part in the forward pass or in the loss, or what passes it cannot be traced to
+            tokens.
     """
     keys: dict[str, list[Tensor]] = {site.name: [] for site in sites}
     gradients: dict[str, list[Tensor]] = {site.name: [] for site in sites}
@@ -208,7 +210,7 @@ def capture(
                 passes.append(known)
             missing = [site.name for site in sites if site.name not in taps.keys]
             if missing:
-                raise RuntimeError(
+                raise SiteError(
                     f"no input was seen at {', '.join(missing)}: the model's forward pass skips them, or it is "
                     "compiled (torch.compile drops hooks; edit the uncompiled model)"
                 )
@@ -218,7 +220,7 @@ def capture(
             torch.autograd.grad(loss, taps.starts, allow_unused=True)
             unused = [site.name for site in sites if site.name not in taps.gradients]
             if unused:
-                raise RuntimeError(f"the loss does not depend on {', '.join(unused)}: an edit there would do nothing")
+                raise SiteError(f"the loss does not depend on {', '.join(unused)}: an edit there would do nothing")
             for site in sites:
                 keys[site.name].append(taps.keys[site.name].float())
                 gradients[site.name].append(taps.gradients[site.name].float())

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from stableedit_pl.devices import ranks
+from stableedit_pl.model.files.base_files import folder_at_hand, resolve_base_model
+from stableedit_pl.model.files.weights_digest import weights_digest
 from stableedit_pl.model.sites import Site
 
 
@@ -27,6 +29,21 @@ def base_model_digest(config: Any, sites: Sequence[Site]) -> str:
         if whole is not None:
             digest.update(whole.contiguous().view(torch.uint8).numpy().tobytes())
     return ranks.broadcast(digest.hexdigest()) if any(site.shard.sharded for site in sites) else digest.hexdigest()
+
+
+def base_weights_digest(base_model: str, commit: str | None) -> str | None:
+    """SHA-256 of all weights in the base model's files, in hex; None where they hold none.
+
+    Rank 0 takes it: ranks of one machine would read the same files at the same time.
+
+    Args:
+        base_model: folder, hub id or ``demo``.
+        commit: of the hub's repository, as it was loaded.
+    """
+    digest = None
+    if ranks.rank() == 0 and (folder := folder_at_hand(resolve_base_model(base_model), commit)) is not None:
+        digest = weights_digest(folder)
+    return ranks.broadcast(digest) if ranks.world() > 1 else digest
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

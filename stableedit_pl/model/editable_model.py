@@ -1,10 +1,12 @@
 """A causal language model with chosen sites, that can be asked, edited or not."""
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import torch
 from lightning.pytorch import LightningModule
 
 from stableedit_pl.devices import ranks
@@ -13,11 +15,24 @@ from stableedit_pl.devices.sharding import ShardingError, shard_model
 from stableedit_pl.errors import SettingError, require_choice
 from stableedit_pl.model.asking import Scorer, ScoringPrecision, ScoringRule, autocast
 from stableedit_pl.model.encoding import EncodedPrompts, Encoder
-from stableedit_pl.model.loading import ModelDtype, context_length, hidden_size, load_language_model, load_tokenizer
+from stableedit_pl.model.files.base_files import base_folder, hub_commit
+from stableedit_pl.model.files.edited_folder import NotStoredAlone, write_edited_folder, write_serialized_folder
+from stableedit_pl.model.files.shards import Wanted
+from stableedit_pl.model.loading import (
+    ModelDtype,
+    context_length,
+    hidden_size,
+    load_language_model,
+    load_tokenizer,
+    resolve_base_model,
+    vocabulary_size,
+)
 from stableedit_pl.model.lower_outputs import LowerOutputs
 from stableedit_pl.model.partial_forward import PartialForward
 from stableedit_pl.model.scoring import RecordAnswers, answer_records, score_records
 from stableedit_pl.model.sites import Site, site_names
+
+log = logging.getLogger(__name__)
 
 SpecificityReference = Literal["base_output", "stated_answer"]
 
@@ -62,9 +77,11 @@ class EditableModel(LightningModule):
         self.scoring_batch_size = scoring_batch_size
         self.device_map: Any = None
         self.sites: list[Site] = []
-        self.edits_loaded = False
+        self.base_commit: str | None = None
+        self._stored_dtype: torch.dtype | None = None
         self._divided = False
         self._tokenizer: Any = None
+        self._pad_id: int | None = None
         self._partial_forward: PartialForward | None = None
         self._scoring_precision: ScoringPrecision | None = None
 
@@ -77,7 +94,9 @@ class EditableModel(LightningModule):
 
     def encoder(self, count_bare_space: bool = False) -> Encoder:
         """Encodes text for this model."""
-        return Encoder(self.tokenizer, context_length(self.base_model), count_bare_space)
+        return Encoder(
+            self.tokenizer, context_length(self.base_model), count_bare_space, vocabulary_size(self.base_model)
+        )
 
     def hidden_size(self) -> int:
         """Width of the base model's hidden state, known before it is loaded."""
@@ -100,12 +119,18 @@ class EditableModel(LightningModule):
                 )
             return
         self.model = load_language_model(self.base_model, self.model_dtype, self.device_map)
+        self.base_commit = hub_commit(resolve_base_model(self.base_model))
+        self._stored_dtype = self.model.dtype if self.model_dtype == "auto" else None
         names = site_names(self.model, self.site_patterns)
         if mesh is not None:
             shard_model(self.model, mesh, names)
             self.model.eval()
             self._divided = True
         self.sites = [Site(name, self.model.get_submodule(name)) for name in names]
+
+    def is_edited(self) -> bool:
+        """Whether any weight in memory is not the base model's, however that came about; all ranks must ask."""
+        return any([site.is_edited() for site in self.sites])  # of every site: ranks answer together
 
     @contextlib.contextmanager
     def base_weights(self) -> Iterator[None]:
@@ -144,7 +169,9 @@ class EditableModel(LightningModule):
     @property
     def pad_id(self) -> int:
         """Token id that fills padding."""
-        return Encoder(self.tokenizer).pad_id
+        if self._pad_id is None:
+            self._pad_id = self.encoder().pad_id
+        return self._pad_id
 
     def scorer(self, rule: ScoringRule | None = None) -> Scorer:
         """Asks this model, by ``rule`` or the editor's own."""
@@ -216,10 +243,14 @@ class EditableModel(LightningModule):
             self._scoring_precision = None
 
     def save_pretrained(self, folder: str) -> None:
-        """Write the edited model and its tokenizer as an ordinary Hugging Face folder.
+        """Write the edited model as an ordinary Hugging Face folder: the base model's files, with the edited weights.
+
+        All other files are those of the base model's folder, or hub snapshot, byte for byte; its own card becomes
+        ``README_base_model.md``. Shards keep their layout, and their dtype unless another one was asked for.
 
         Raises:
             ShardingError: if ranks hold the model in parts.
+            LoadingError: if the base model's files are gone, or are others by now, or ``folder`` is theirs.
         """
         self.configure_model()
         if self.device_mesh is not None and self.device_mesh.size() > 1:
@@ -227,7 +258,27 @@ class EditableModel(LightningModule):
                 "the ranks hold this model in parts, and none may hold it whole; write the folder from the run's "
                 "checkpoint, on one process: stableedit export --run RUN_DIR --out FOLDER"
             )
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        for file in Path(folder).iterdir():
-            file.chmod(0o644)  # safetensors writes weights that only their owner can read
+        base = base_folder(resolve_base_model(self.base_model), self.base_commit)
+        edited = {f"{site.name}.weight": (site.original, site.weight.cpu()) for site in self.sites}
+        asked = None if self.model.dtype == self._stored_dtype else self.model.dtype
+        try:
+            left_out = write_edited_folder(base, Path(folder), edited, asked, self._written_dtypes(asked))
+        except NotStoredAlone:
+            left_out = write_serialized_folder(base, Path(folder), self.model, asked)
+        if left_out:
+            log.warning(
+                "Left out of %s, because they hold the unedited weights in another form: %s",
+                folder,
+                ", ".join(left_out),
+            )
+
+    def _written_dtypes(self, asked: torch.dtype | None) -> Wanted:
+        """What a tensor of the base model's files is written in: what the model holds it in, if a dtype was asked for.
+
+        Names in files may lack the prefix of those in the model, or have it in addition.
+        """
+        if asked is None:
+            return lambda _name: None
+        prefix = f"{self.model.base_model_prefix}."
+        held = {name: weight.dtype for name, weight in self.model.named_parameters(remove_duplicate=False)}
+        return lambda name: held.get(name) or held.get(prefix + name) or held.get(name.removeprefix(prefix))

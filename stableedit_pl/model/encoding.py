@@ -11,12 +11,14 @@ Vocabulary used by every other file:
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from stableedit_pl.model.lost_text import LostText
 
 IGNORED = -100
 """Label of a position that predicts no target token (the value PyTorch's cross entropy ignores)."""
@@ -104,19 +106,25 @@ class Encoder:
         context_length: longest input the model takes, in tokens; None when it states none.
         count_bare_space: count a token that is nothing but sentencepiece's word mark, which some tokenizers put
             before a target, as an answer token, as the published program does. Off, it is read but not scored.
+        vocabulary: token ids that the model has embeddings for; None when it states no number.
     """
 
     tokenizer: Any
     context_length: int | None = None
     count_bare_space: bool = False
+    vocabulary: int | None = None
 
     @property
     def pad_id(self) -> int:
-        """Token id that fills padding; never attended to, so any valid id serves."""
+        """Token id that fills padding; never attended to, so any id serves that the model has an embedding for."""
         for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if candidate is not None:
+            if candidate is not None and (self.vocabulary is None or candidate < self.vocabulary):
                 return int(candidate)
         return 0
+
+    @cached_property
+    def _lost(self) -> LostText:
+        return LostText(self.tokenizer)
 
     def encode(self, prompt: str, target: str) -> Encoding:
         """Encode one prompt and target: tokens of the prompt, then those of ``" " + target``.
@@ -129,11 +137,14 @@ class Encoder:
             The encoding; at least one position is an answer token.
 
         Raises:
-            EncodingError: if the prompt or the target has no tokens, or both together do not fit the context.
+            EncodingError: if the tokenizer loses some of the prompt or the target, or has tokens there that the model
+                has not, if one of them has no tokens, or if both together do not fit the context.
         """
         prompt_ids, target_ids = self._prompts([prompt])[0], self._targets([target])[0]
         counted = [self.count_bare_space or not self._is_bare_space(token) for token in target_ids]
-        if refusal := self._refusal(prompt, target, len(prompt_ids), len(target_ids), any(counted)):
+        refusal = self._text_refusal("prompt", prompt, prompt_ids) or self._text_refusal("target", target, target_ids)
+        refusal = refusal or self._refusal(prompt, target, len(prompt_ids), len(target_ids), any(counted))
+        if refusal:
             raise EncodingError(refusal)
         answer_labels = [token if keep else IGNORED for token, keep in zip(target_ids, counted, strict=True)]
         return Encoding(
@@ -158,10 +169,14 @@ class Encoder:
         """
         prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))
         targets = list(dict.fromkeys(target for _, target in pairs))
-        prompt_lengths = dict(zip(prompts, map(len, self._prompts(prompts)), strict=True))
-        target_sizes: dict[str, tuple[int, bool]] = {}
+        prompt_lengths, target_sizes = dict[str, int](), dict[str, tuple[int, bool]]()
+        bad_prompts, bad_targets = dict[str, str | None](), dict[str, str | None]()
         bare: dict[int, bool] = {}
+        for prompt, ids in zip(prompts, self._prompts(prompts), strict=True):
+            prompt_lengths[prompt] = len(ids)
+            bad_prompts[prompt] = self._text_refusal("prompt", prompt, ids)
         for target, ids in zip(targets, self._targets(targets), strict=True):
+            bad_targets[target] = self._text_refusal("target", target, ids)
             scored = bool(ids) if self.count_bare_space else False
             for token in ids:
                 if scored:
@@ -170,7 +185,29 @@ class Encoder:
                     bare[token] = self._is_bare_space(token)
                 scored = not bare[token]
             target_sizes[target] = len(ids), scored
-        return [self._refusal(p, t, prompt_lengths[p], *target_sizes[t]) for p, t in pairs]
+        return [
+            bad_prompts[p] or bad_targets[t] or self._refusal(p, t, prompt_lengths[p], *target_sizes[t])
+            for p, t in pairs
+        ]
+
+    def _text_refusal(self, kind: str, text: str, ids: Sequence[int]) -> str | None:
+        """Why these tokens do not stand for a text, if so; a target's space before it is its own affair."""
+        with _ONE_AT_A_TIME:
+            lost = self._lost.of(text, ids)
+        if lost is not None:
+            return (
+                f"the {kind} {text!r} does not survive this tokenizer, which has no token for {lost!r}: another text "
+                "would be learned and scored"
+            )
+        highest = max(ids, default=0)
+        if self.vocabulary is not None and highest >= self.vocabulary:
+            piece = self.tokenizer.convert_ids_to_tokens(highest)
+            return (
+                f"the {kind} {text!r} has the token {piece!r} with id {highest}, but the model has embeddings for "
+                f"ids 0..{self.vocabulary - 1} alone (its tokenizer has grown; resize_token_embeddings was not called, "
+                "or config.json is another model's)"
+            )
+        return None
 
     def _refusal(self, prompt: str, target: str, prompt_length: int, target_length: int, scored: bool) -> str | None:
         """Why a prompt and a target of so many tokens cannot be encoded, if so."""

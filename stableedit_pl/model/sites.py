@@ -156,6 +156,14 @@ class Site:
         there = torch.stack(extremes) if extremes else torch.zeros(1, device=state.device)
         return self.shard.everywhere(torch.isfinite(there.to(state.dtype).to(self.weight.dtype)).all())
 
+    def is_edited(self) -> bool:
+        """Whether the weight in memory is another than the base model's, beyond the rounding to its dtype.
+
+        All ranks must ask where they divide it.
+        """
+        weight = self.weight.cpu()
+        return not bool(self.shard.everywhere(torch.tensor(torch.equal(weight, self.original.to(weight.dtype)))))
+
     def oriented(self, delta: Tensor) -> Tensor:
         """``Delta [d_in, d_out]`` in the weight's own layout."""
         return delta if self.transposed else delta.T

@@ -57,6 +57,7 @@ def write_results(
         "settings": {
             "model": hparams,
             "data": data,
+            "base_commit": editor.base_commit,
             "forked_from": forked_from,
             "warm_up": None if stream.warm_up is None else {k: getattr(stream.warm_up, k) for k in _WARM_UP},
             "checksums": {f"{name}_sha256": digest for name, digest in stream.checksums().items()},

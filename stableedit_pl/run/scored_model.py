@@ -6,18 +6,25 @@ from stableedit_pl.model.scoring import EditScores, score_records
 
 
 class ScoredModel(EditableModel):
-    """Lightning's loops over an :class:`EditableModel`; its arguments."""
+    """Lightning's loops over an :class:`EditableModel`; its arguments.
+
+    Attributes:
+        edits_scored: whether the model that was scored last had edits in its weights.
+    """
+
+    edits_scored = False
 
     def on_validation_epoch_start(self) -> None:
-        """Start the scores of ``validate``."""
+        """Start the scores of ``validate``; from here on it is settled whether they are of an edited model."""
         self._scores = EditScores()
+        self.edits_scored = self.is_edited()
 
     on_test_epoch_start = on_validation_epoch_start
 
     @property
     def specificity_measured_by(self) -> str:
         """What ``validate`` and ``test`` hold specificity against: without edits there is nothing to agree with."""
-        return self.specificity_reference if self.edits_loaded else "stated_answer"
+        return self.specificity_reference if self.edits_scored else "stated_answer"
 
     def validation_step(self, piece: ScoredPiece, batch_idx: int) -> None:
         """Score a piece of the stream."""

@@ -187,13 +187,14 @@ def test_every_argument_has_a_sentence(verb: str, capsys: pytest.CaptureFixture[
         ("--model.base_model=/nowhere", "no config.json in /nowhere"),
         ("--data.path=/nowhere.jsonl", "/nowhere.jsonl"),
         ("--ckpt_path=last", "nothing to resume"),
-        ("--data.warmup_path=demo", "add the callback WarmUp"),
+        ("--data.warmup_path=STREAM", "add the callback WarmUp"),
         ("--trainer.callbacks+=WarmUp", "set data.warmup_path"),
     ],
 )
 def test_refused_with_what_to_do_and_exit_code_1(
-    tmp_path: Path, base: list[str], option: str, said: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, base: list[str], option: str, said: str, stream_file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    option = option.replace("STREAM", stream_file)
     message = fails(["fit", *base, f"--run_dir={tmp_path / 'run'}", option], capsys)
     assert said in message and "Traceback" not in message
     assert not (tmp_path / "run/edits.jsonl").exists() and not (tmp_path / "run/checkpoints").exists()

@@ -9,6 +9,7 @@ import torch
 from edit_runs import PASSES, assert_same_state, fit, ledger, results, saved_state, updates
 from tiny import LLAMA_SITE, edit_rows, relative_difference, write_stream
 
+from stableedit_pl import EditStream, EditTrainer, LifelongEditor
 from stableedit_pl.callbacks import EditEvaluation, WarmUp
 from stableedit_pl.method.planning import BadTurn
 
@@ -148,6 +149,31 @@ def test_scores_are_taken_as_their_names_say(tmp_path: Path, llama_folder: str, 
     assert "original weights" in found["measured"]["base"]
     digest = hashlib.sha256(Path(stream_file).read_bytes()).hexdigest()
     assert found["settings"]["checksums"]["path_sha256"] == digest
+
+
+def test_a_model_edited_in_memory_is_scored_like_one_from_a_checkpoint(
+    tmp_path: Path, llama_folder: str, stream_file: str
+) -> None:
+    """Right after ``fit``, in the same process: the run's own final scores; specificity is the one at stake."""
+
+    def scored(editor: LifelongEditor, ckpt_path: str | None = None) -> dict[str, float]:
+        trainer = EditTrainer(run_dir=str(tmp_path / "run"), accelerator="cpu", enable_progress_bar=False)
+        return dict(trainer.test(editor, datamodule=EditStream(path=stream_file), ckpt_path=ckpt_path)[0])
+
+    def new() -> LifelongEditor:
+        return LifelongEditor(base_model=llama_folder, sites=[LLAMA_SITE], step_size=1e-2, ridge=1.0)
+
+    editor = fit(tmp_path / "run", llama_folder, {"path": stream_file}, {"step_size": 1e-2})
+    retained = results(tmp_path / "run")["retained"]
+    unedited = new()
+    assert scored(unedited)["specificity"] != pytest.approx(retained["specificity"], abs=1e-4)
+    assert not unedited.edits_scored and unedited.specificity_measured_by == "stated_answer"
+    for edited, ckpt_path in ((editor, None), (new(), "last")):
+        assert scored(edited, ckpt_path) == pytest.approx(retained, abs=1e-6)
+        assert edited.edits_scored and edited.specificity_measured_by == "base_output"
+    with editor.base_weights():
+        assert not editor.is_edited()
+    assert editor.is_edited()
 
 
 def test_the_base_model_on_disk_is_never_written(tmp_path: Path, llama_folder: str, stream_file: str) -> None:

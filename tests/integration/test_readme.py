@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import save_model, tiny_llama, word_tokenizer
 
 from stableedit_pl.data.readers import read_records
 
@@ -69,7 +70,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     demo = (ROOT / "stableedit_pl/demo/warmup.jsonl").read_text().splitlines(keepends=True)
     (copy / "other_edits.jsonl").write_text("".join(demo[:8]), encoding="utf-8")
     own = (ROOT / "configs/own_data.yaml").read_text()
-    own = own.replace("FOLDER_OR_HUB_ID", "demo").replace("PATH_TO_EDITS", "edits.jsonl")
+    words = sorted(set(re.findall(r"[^\s\"]+", row)))  # the demo's tokenizer has not even all letters
+    model = save_model(copy / "model", tiny_llama(vocab=len(words) + 4), word_tokenizer(words))
+    own = own.replace("FOLDER_OR_HUB_ID", model).replace("PATH_TO_EDITS", "edits.jsonl")
     (copy / "my_run.yaml").write_text(
         own.replace("model.layers.{28..31}.mlp.down_proj", "model.layers.1.mlp.down_proj")
     )

@@ -1,6 +1,7 @@
 """``stableedit verify`` finds what is wrong with a run directory, and nothing where nothing is."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from stableedit_pl.callbacks import TurnCheckpoint
 from stableedit_pl.cli.command import main
+from stableedit_pl.cli.export import export_run
 from stableedit_pl.cli.verify import verify_run
+from stableedit_pl.errors import IncompatibleCheckpoint
 from stableedit_pl.run.files.directory import RunDirectoryError
 
 
@@ -28,10 +31,30 @@ def test_a_whole_run_passes_every_check(
 ) -> None:
     verdict = verify_run(str(run))
     assert verdict.problems == []
-    assert len(verdict.passed) == 11
+    assert len(verdict.passed) == 12
     monkeypatch.setattr(sys, "argv", ["stableedit"])
     main(["verify", f"--run={run}"])
     assert "33 lines, the running hash holds" in capsys.readouterr().out
+
+
+def test_another_base_model_under_the_same_name_is_a_problem(
+    tmp_path: Path, llama_folder: str, stream_file: str
+) -> None:
+    """A weight that is no site changes: the run neither resumes nor is exported, and verify says so."""
+    base = shutil.copytree(llama_folder, tmp_path / "base")
+    fit(tmp_path / "run", str(base), {"path": stream_file}, trainer={"max_steps": 2})
+    assert "its weights are those that the run began with" in verify_run(str(tmp_path / "run")).passed[-1]
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.weight"][0, 0] += 1
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    problems = verify_run(str(tmp_path / "run")).problems
+    assert len(problems) == 1 and "are not those that the run began with" in problems[0]
+    with pytest.raises(IncompatibleCheckpoint, match=r"base_weights .*"):
+        fit(tmp_path / "run", str(base), {"path": stream_file}, ckpt_path="last")
+    with pytest.raises(IncompatibleCheckpoint, match="base_weights"):
+        export_run(str(tmp_path / "run"), str(tmp_path / "out"))
+    shutil.rmtree(base)
+    assert verify_run(str(tmp_path / "run")).problems == []
 
 
 def test_a_killed_run_passes_and_says_what_resuming_will_do(run: Path) -> None:

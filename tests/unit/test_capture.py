@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import GPT2_SITE, LLAMA_SITE, relative_difference, tiny_gpt2, tiny_llama, word_tokenizer
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from stableedit_pl.model.capture import Captured, answer_loss, tapped
 from stableedit_pl.model.capture import capture as capture_with
 from stableedit_pl.model.encoding import Encoder, Encoding, collate
 from stableedit_pl.model.micro_batches import in_order
 from stableedit_pl.model.partial_forward import PartialForward
-from stableedit_pl.model.sites import Site, resolve_sites
+from stableedit_pl.model.sites import Site, SiteError, resolve_sites
 
 LLAMA_SITES = ["model.layers.0.mlp.down_proj", LLAMA_SITE]
 GPT2_SITES = ["transformer.h.0.mlp.c_fc", GPT2_SITE]
@@ -231,7 +232,7 @@ def test_hooks_are_gone_when_registering_one_fails() -> None:
 def test_a_site_that_the_forward_pass_skips_is_named() -> None:
     model, sites = frozen("llama")
     unused = Site("model.spare.proj", nn.Linear(4, 4))
-    with pytest.raises(RuntimeError, match=r"no input was seen at model.spare.proj: .*torch.compile drops hooks"):
+    with pytest.raises(SiteError, match=r"no input was seen at model.spare.proj: .*torch.compile drops hooks"):
         capture(model, [*sites, unused], encoded(), 3, 0)
     assert hooks(model) == 0
 
@@ -246,7 +247,7 @@ def test_a_site_that_only_some_micro_batches_use_is_named() -> None:
         return output + spare(output) if len(runs) == 1 else output
 
     model.model.norm.register_forward_hook(first_time_only)
-    with pytest.raises(RuntimeError, match=r"no input was seen at spare: "):
+    with pytest.raises(SiteError, match=r"no input was seen at spare: "):
         capture(model, [*sites, Site("spare", spare)], encoded(), 3, 0)
     assert len(runs) == 2
 
@@ -257,7 +258,7 @@ def test_a_site_that_runs_without_reaching_the_loss_is_an_error() -> None:
     model.model.norm.register_forward_hook(
         lambda _m, _i, output: spare(output) and None if False else (spare(output), None)[1]
     )
-    with pytest.raises(RuntimeError):
+    with pytest.raises(SiteError, match="the loss does not depend on spare"):
         capture(model, [*sites, Site("spare", spare)], encoded(), 3, 0)
 
 
@@ -266,7 +267,7 @@ def test_a_site_that_runs_twice_in_a_forward_pass_is_refused() -> None:
     model = tiny_llama().requires_grad_(False)
     model.model.layers[1].mlp = model.model.layers[0].mlp
     sites = [Site("shared", model.model.layers[0].mlp.down_proj)]
-    with pytest.raises(RuntimeError, match="site shared runs twice in one forward pass"):
+    with pytest.raises(SiteError, match="site shared runs twice in one forward pass"):
         capture(model, sites, encoded(), 3, 0)
 
 
@@ -291,3 +292,77 @@ def test_the_answer_loss_by_hand() -> None:
 
 def test_mean_loss_is_over_edits() -> None:
     assert Captured({}, torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 0.0]])).mean_loss == 3.0
+
+
+# ---- sites that see all tokens in a row
+
+
+class InARow(nn.Module):
+    """Hands its layer all tokens of all edits in one row, or another shape, and gives its output the old one again."""
+
+    def __init__(self, layer: nn.Linear, shape: str) -> None:
+        super().__init__()
+        self.layer, self.shape = layer, shape
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.shape == "some tokens":
+            return torch.cat([self.layer(hidden[:, :2].flatten(0, 1)).unflatten(0, (-1, 2)), hidden[:, 2:, :16]], dim=1)
+        if self.shape == "length first":
+            return self.layer(hidden.transpose(0, 1)).transpose(0, 1)
+        if self.shape == "more dimensions":
+            return self.layer(hidden[:, :, None])[:, :, 0]
+        return self.layer(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+
+
+def in_a_row(shape: str = "a row") -> tuple[Any, list[Site]]:
+    model = tiny_llama().requires_grad_(False)
+    for layer in model.model.layers:
+        layer.mlp.down_proj = InARow(layer.mlp.down_proj, shape)
+    return model, resolve_sites(model, [f"model.layers.{i}.mlp.down_proj.layer" for i in (0, 1)])
+
+
+@pytest.mark.parametrize("micro", [1, 3, 100])
+def test_a_site_that_sees_tokens_in_a_row_gives_the_same_rows(micro: int) -> None:
+    wanted = capture(*frozen("llama"), encoded(), micro, 0)
+    got = capture(*in_a_row(), encoded(), micro, 0)
+    for theirs, ours in zip(wanted.rows.values(), got.rows.values(), strict=True):
+        assert torch.equal(theirs.keys, ours.keys) and torch.equal(theirs.gradients, ours.gradients)
+    assert wanted.losses == got.losses
+
+
+@pytest.mark.parametrize("shape", ["some tokens", "length first", "more dimensions"])
+def test_what_cannot_be_traced_to_tokens_is_refused_in_a_sentence(shape: str) -> None:
+    with pytest.raises(SiteError, match=r"down_proj.layer cannot be edited: for 3 prompts of \d+ tokens it is given"):
+        capture(*in_a_row(shape), encoded(), 3, 0)
+
+
+@pytest.mark.parametrize("family", ["opt", "qwen2_moe"])
+def test_families_that_see_tokens_in_a_row(family: str) -> None:
+    """Keys against a hook of our own, one edit at a time; value gradients change the loss as they say."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if family == "opt":
+        sizes |= {"ffn_dim": 24, "max_position_embeddings": 32, "word_embed_proj_dim": 16, "init_std": 0.3}
+        name = "model.decoder.layers.1.fc2"
+    else:
+        sizes |= {"num_experts": 4, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 24}
+        sizes |= {"num_key_value_heads": 1, "num_experts_per_tok": 2, "initializer_range": 0.3}
+        name = "model.layers.1.mlp.shared_expert.down_proj"
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, pad_token_id=0, **sizes)).eval()
+    model.requires_grad_(False)
+    sites = resolve_sites(model, [name])
+    got = capture_with(PartialForward.tried(model, sites), sites, encoded(), in_order(len(EDITS), 3), 0)
+    seen: list[torch.Tensor] = []
+    handle = sites[0].module.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0]))
+    for one in encoded():
+        batch = collate([one], 0)
+        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        seen[-1] = seen[-1].reshape(-1, seen[-1].shape[-1])[batch.rows[1]]
+    handle.remove()
+    rows = got.rows[name]
+    assert relative_difference(rows.keys, torch.cat(seen)) < 1e-5
+    step = 1e-3 * rows.gradients.T @ rows.keys  # one small step of plain gradient descent on the weight
+    sites[0].module.weight.data -= step
+    after = capture_with(PartialForward(model), sites, encoded(), in_order(len(EDITS), 3), 0)
+    foretold = 1e3 * float((step**2).sum())
+    assert sum(got.losses) - sum(after.losses) == pytest.approx(foretold, rel=0.1)

@@ -193,7 +193,10 @@ def test_what_does_not_fit_the_context_is_refused_and_what_just_fits_is_taken() 
 class SlowTokenizer:
     """The least of a tokenizer written in Python: special tokens around a text's words, none around nothing."""
 
-    bos_token_id, eos_token_id, pad_token_id = 1, 2, None
+    bos_token_id, eos_token_id, pad_token_id, unk_token_id, is_fast = 1, 2, None, None, False
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return "".join(TEXTS)  # nothing is lost
 
     def __call__(self, text: Any, add_special_tokens: bool = True) -> dict[str, Any]:
         if isinstance(text, list):
@@ -290,3 +293,29 @@ def test_chunks_drop_nothing(items: list[int], size: int) -> None:
     pieces = list(chunks(iter(items), size))
     assert [item for piece in pieces for item in piece] == items
     assert all(len(piece) == size for piece in pieces[:-1]) and all(0 < len(piece) <= size for piece in pieces)
+
+
+# ---- ids that the model has no embedding for
+
+
+def test_tokens_beyond_the_models_embeddings_are_refused_naming_them() -> None:
+    last = len(WORDS) + 3
+    encoder = Encoder(TOKENIZER, vocabulary=last)
+    encoder.encode("w1", "w2")
+    for prompt, target, blamed in (("w1 w59", "w2", "prompt"), ("w1", "w3 w59", "target")):
+        with pytest.raises(EncodingError, match=rf"the {blamed} .* token 'w59' with id {last}, .* ids 0..{last - 1}"):
+            encoder.encode(prompt, target)
+    assert [said is None for said in encoder.refusals([("w1", "w2"), ("w59", "w2"), ("w1", "w59")])] == [
+        True,
+        False,
+        False,
+    ]
+
+
+@pytest.mark.parametrize(("vocabulary", "expected"), [(None, 63), (64, 63), (63, 2), (2, 0)])
+def test_padding_never_needs_an_id_that_the_model_has_not(vocabulary: int | None, expected: int) -> None:
+    grown = PreTrainedTokenizerFast(
+        tokenizer_object=TOKENIZER.backend_tokenizer, pad_token="w59", eos_token="</s>", unk_token="<unk>"
+    )
+    assert grown.pad_token_id == 63
+    assert Encoder(grown, vocabulary=vocabulary).pad_id == expected

@@ -31,7 +31,11 @@ def written(folder: Path, *, loggers: Any = (), rank_zero: bool = True, scoring:
     """What write_results writes for a run of stand-ins."""
     hparams = {"base_model": "m", "sites": ["a", "b"], "ridge": 10.0, "_instantiator": "cli", "dtype": torch.float32}
     model = SimpleNamespace(
-        hparams=hparams, scoring=scoring, specificity_reference="base_output", forked_from="runs/first (5 turns)"
+        hparams=hparams,
+        scoring=scoring,
+        specificity_reference="base_output",
+        forked_from="runs/first (5 turns)",
+        base_commit=None,
     )
     stream = SimpleNamespace(
         hparams={"path": "edits.jsonl", "turn_size": 8},

@@ -412,3 +412,17 @@ def test_a_tied_output_layer_is_refused() -> None:
     """Editing it would change the input embeddings as well."""
     with pytest.raises(SiteError, match=r"lm_head cannot be edited alone, its weight is tied: .*wte\.weight"):
         names(tiny_gpt2(), "lm_head")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_site_is_edited_when_its_weight_is_not_the_bases(dtype: torch.dtype) -> None:
+    model = tiny_llama().to(dtype)
+    (site,) = resolve_sites(model, [LLAMA_SITE])
+    assert not site.is_edited()
+    model.to(torch.bfloat16)  # a trainer's precision rounds it; that is no edit
+    assert not site.is_edited()
+    with torch.no_grad():
+        site.module.weight[0, 0] += 1.0
+    assert site.is_edited()
+    site.load(site.original)
+    assert not site.is_edited()

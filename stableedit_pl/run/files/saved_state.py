@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stableedit_pl.errors import IncompatibleCheckpoint
+from stableedit_pl.errors import IncompatibleCheckpoint, refuse_differences
 from stableedit_pl.method.statistics import LNStatistics
 from stableedit_pl.model.sites import Site
 
@@ -70,3 +70,40 @@ def stored_identity(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     if identity is None:
         raise IncompatibleCheckpoint("this checkpoint was not written by stableedit_pl: it says nothing of its run")
     return dict(identity)
+
+
+def refuse_other_run(
+    source: str, stored: Mapping[str, Any], now: Mapping[str, Any], only: Sequence[str] | None = None
+) -> None:
+    """Hold what a checkpoint says of its run against the run that loads it.
+
+    Args:
+        source: what holds the checkpoint, for the message.
+        stored: its :func:`stored_identity`.
+        now: ``fingerprint`` and ``base_commit`` of the run that loads it, and ``precision`` where it matters.
+        only: names of the fingerprint that must agree; None for all.
+
+    Raises:
+        IncompatibleCheckpoint: listing what differs; where it is the base model's weights, with the hub's commits.
+    """
+    theirs, ours = dict(stored["fingerprint"]), dict(now["fingerprint"])
+    if theirs.get("base_weights") is None or ours["base_weights"] is None:
+        # Checkpoints of before hold a digest of the configuration and of the edited weights alone.
+        theirs.pop("base_weights", None)
+        ours.pop("base_weights")
+    if "precision" in now:
+        theirs["precision"], ours["precision"] = stored["precision"], now["precision"]
+    if only is not None:
+        theirs, ours = ({name: value for name, value in names.items() if name in only} for names in (theirs, ours))
+    try:
+        refuse_differences(source, theirs, ours)
+    except IncompatibleCheckpoint as error:
+        old, new = stored.get("base_commit"), now["base_commit"]
+        if theirs.get("base_weights") == ours.get("base_weights"):
+            raise
+        commits = f" It was commit {old} of the hub's repository, and is {new} now." if old or new else ""
+        raise IncompatibleCheckpoint(
+            f"{error}\nbase_weights is a digest of all weights of base_model: the model under that name is another one "
+            f"now.{commits} Give the one that the run began with (of a hub's repository: hf download ID --revision "
+            "COMMIT --local-dir FOLDER, and FOLDER as base_model)."
+        ) from error
