@@ -48,6 +48,14 @@ def started(path: Path) -> RunDirectory:
     return run
 
 
+def start(run: RunDirectory, resuming_from: Path | None, overwrite: bool) -> None:
+    """What a start does to the directory, in its order."""
+    run.refuse(resuming_from, overwrite)
+    run.make()
+    if resuming_from is None and run.holds_run():
+        run.clear()
+
+
 # ---- names
 
 
@@ -82,7 +90,7 @@ def test_configs_of_resumed_runs_are_numbered(tmp_path: Path) -> None:
 def test_a_new_run_makes_its_directory(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "a" / "b")
     assert not run.holds_run()
-    run.prepare(None, overwrite=False)
+    start(run, None, overwrite=False)
     assert run.path.is_dir() and list(run.path.iterdir()) == []
 
 
@@ -92,7 +100,7 @@ def test_a_directory_that_holds_a_run_is_refused_and_left_alone(tmp_path: Path, 
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text("old")
     with pytest.raises(RunDirectoryError) as raised:
-        run.prepare(None, overwrite=False)
+        start(run, None, overwrite=False)
     message = str(raised.value)
     assert message.startswith(f"{tmp_path} already holds a run.")
     assert all(way in message for way in ("--ckpt_path last", "another --run_dir", "--overwrite true"))
@@ -104,7 +112,7 @@ def test_a_run_that_failed_before_its_first_turn_is_no_run(tmp_path: Path) -> No
     run.config.write_text("old")
     run.ledger.write_text("")
     assert not run.holds_run()
-    run.prepare(None, overwrite=False)
+    start(run, None, overwrite=False)
     assert run.config.read_text() == "old", "without --overwrite nothing is removed"
     assert run.next_config().name == "config-2.yaml"
 
@@ -115,14 +123,14 @@ def test_files_of_a_directory_without_a_run_are_not_removed_unasked(tmp_path: Pa
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
     with contextlib.suppress(RunDirectoryError):  # refusing is as good
-        RunDirectory(tmp_path).prepare(None, overwrite=False)
+        start(RunDirectory(tmp_path), None, overwrite=False)
     assert (tmp_path / name).exists()
 
 
 def test_other_peoples_files_are_no_run(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    RunDirectory(tmp_path).prepare(None, overwrite=False)
-    RunDirectory(tmp_path).prepare(None, overwrite=True)
+    start(RunDirectory(tmp_path), None, overwrite=False)
+    start(RunDirectory(tmp_path), None, overwrite=True)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
@@ -132,7 +140,7 @@ def test_overwrite_removes_the_run_and_only_the_run(tmp_path: Path) -> None:
         (tmp_path / name).write_text("mine")
     (tmp_path / "exported").mkdir()
     (tmp_path / "exported" / "config.yaml").write_text("mine")
-    run.prepare(None, overwrite=True)
+    start(run, None, overwrite=True)
     assert {file.name for file in tmp_path.iterdir()} == {"notes.txt", "edits.jsonl.bak", "figure.png", "exported"}
     assert (tmp_path / "exported" / "config.yaml").read_text() == "mine"
     assert not run.holds_run()
@@ -141,7 +149,7 @@ def test_overwrite_removes_the_run_and_only_the_run(tmp_path: Path) -> None:
 def test_overwrite_leaves_checkpoints_that_no_run_wrote(tmp_path: Path) -> None:
     run = started(tmp_path)
     (run.checkpoints / "epoch=3.ckpt").write_text("mine")
-    run.prepare(None, overwrite=True)
+    start(run, None, overwrite=True)
     assert (run.checkpoints / "epoch=3.ckpt").exists()
 
 
@@ -149,12 +157,12 @@ def test_overwrite_leaves_checkpoints_that_no_run_wrote(tmp_path: Path) -> None:
 def test_overwrite_leaves_configurations_that_no_run_wrote(tmp_path: Path, name: str) -> None:
     run = started(tmp_path)
     (tmp_path / name).write_text("mine")
-    run.prepare(None, overwrite=True)
+    start(run, None, overwrite=True)
     assert (tmp_path / name).exists()
 
 
 def test_overwrite_needs_a_run_to_overwrite(tmp_path: Path) -> None:
-    RunDirectory(tmp_path / "new").prepare(None, overwrite=True)
+    start(RunDirectory(tmp_path / "new"), None, overwrite=True)
     assert (tmp_path / "new").is_dir()
 
 
@@ -204,14 +212,14 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path, missing: str) -> None:
 def test_resuming_keeps_everything(tmp_path: Path, overwrite: bool) -> None:
     run = started(tmp_path)
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    run.prepare(run.last_checkpoint, overwrite)
+    start(run, run.last_checkpoint, overwrite)
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
 def test_resuming_elsewhere_is_refused_naming_both_places(tmp_path: Path) -> None:
     old = started(tmp_path / "old")
     with pytest.raises(RunDirectoryError) as raised:
-        RunDirectory(tmp_path / "new").prepare(old.last_checkpoint, overwrite=False)
+        start(RunDirectory(tmp_path / "new"), old.last_checkpoint, overwrite=False)
     assert str(tmp_path / "old") in str(raised.value) and f"--run_dir is {tmp_path / 'new'}" in str(raised.value)
     assert not (tmp_path / "new").exists()
 
@@ -219,9 +227,9 @@ def test_resuming_elsewhere_is_refused_naming_both_places(tmp_path: Path) -> Non
 def test_the_same_place_by_another_name_is_the_same_place(tmp_path: Path, monkeypatch: Any) -> None:
     run = started(tmp_path / "run")
     (tmp_path / "link").symlink_to(tmp_path / "run")
-    RunDirectory(tmp_path / "link").prepare(run.last_checkpoint, overwrite=False)
+    start(RunDirectory(tmp_path / "link"), run.last_checkpoint, overwrite=False)
     monkeypatch.chdir(tmp_path)
-    RunDirectory("run").prepare(Path("run/checkpoints/last.ckpt"), overwrite=False)
+    start(RunDirectory("run"), Path("run/checkpoints/last.ckpt"), overwrite=False)
 
 
 # ---- atomic files

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from stableedit_pl.run.files.integrity import damage
@@ -35,6 +36,7 @@ class RunDirectory:
         self.rejected = self.path / "rejected.jsonl"
         self.results = self.path / "results.json"
         self.predictions = self.path / "predictions.jsonl"
+        self.lock = self.path / ".lock"
 
     def holds_run(self) -> bool:
         """Whether a run has applied edits here; one that failed before its first turn leaves nothing worth keeping."""
@@ -91,16 +93,43 @@ class RunDirectory:
             "with --overwrite true and without --ckpt_path."
         )
 
-    def prepare(self, resuming_from: Path | None, overwrite: bool) -> None:
-        """Make the directory ready for ``fit``.
+    def make(self) -> list[Path]:
+        """Make the directory.
+
+        Returns:
+            The directories that were made, outermost first; empty if all were there.
+
+        Raises:
+            RunDirectoryError: if nothing can be written here.
+        """
+        made: list[Path] = []
+        try:
+            missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+            for folder in reversed(missing):
+                folder.mkdir(exist_ok=True)
+                made.append(folder)
+            reason = None if os.access(self.path, os.W_OK | os.X_OK) else "permission denied"
+            if reason is None and not self.path.is_dir():
+                reason = "it is a file"
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if reason is not None:
+            remove_empty(made)
+            raise RunDirectoryError(
+                f"--run_dir {self.path} cannot be written ({reason}): choose another place, or give yourself the right "
+                "to write there (chmod u+wx)."
+            )
+        return made
+
+    def refuse(self, resuming_from: Path | None, overwrite: bool) -> None:
+        """Refuse a start that does not fit what is here.
 
         Args:
             resuming_from: the checkpoint a run goes on from; None for a new run.
-            overwrite: remove the run that is here.
+            overwrite: the run that is here may be replaced.
 
         Raises:
-            RunDirectoryError: if a new run would overwrite one, a resumed one would go on elsewhere, or nothing can be
-                written here.
+            RunDirectoryError: if a new run would overwrite one, or a resumed one would go on elsewhere.
         """
         if resuming_from is not None:
             if resuming_from.resolve().parent != self.checkpoints.resolve():
@@ -108,22 +137,10 @@ class RunDirectory:
                     f"--ckpt_path {resuming_from} belongs to the run in {resuming_from.resolve().parent.parent}, but "
                     f"--run_dir is {self.path}. A run is resumed where it was: set --run_dir to that directory."
                 )
-        elif self.holds_run():
-            if not overwrite:
-                raise RunDirectoryError(
-                    f"{self.path} already holds a run. Resume it with --ckpt_path last, choose another --run_dir, "
-                    "or replace it with --overwrite true."
-                )
-            self._clear()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            reason = None if os.access(self.path, os.W_OK | os.X_OK) else "permission denied"
-        except OSError as error:
-            reason = error.strerror or str(error)
-        if reason is not None:
+        elif not overwrite and self.holds_run():
             raise RunDirectoryError(
-                f"--run_dir {self.path} cannot be written ({reason}): choose another place, or give yourself the right "
-                "to write there (chmod u+wx)."
+                f"{self.path} already holds a run. Resume it with --ckpt_path last, choose another --run_dir, "
+                "or replace it with --overwrite true."
             )
 
     def next_config(self) -> Path:
@@ -133,17 +150,35 @@ class RunDirectory:
             candidate, number = self.path / f"config-{number}.yaml", number + 1
         return candidate
 
-    def _clear(self) -> None:
-        """Remove the files a run writes, by their names; anything else in the directory stays."""
+    def own_files(self) -> list[Path]:
+        """The files a run writes that are here, by their names."""
         own = [self.config, self.statistics, self.ledger, self.rejected, self.results, self.predictions]
         own.append(self.path / "hparams.yaml")
         own += [file for file in self.path.glob("config-*.yaml") if re.fullmatch(r"config-\d+", file.stem)]
         own += self.path.glob("events.out.tfevents.*")
         own += [self.last_checkpoint, *self.checkpoints.glob("turn=*.ckpt"), *self.checkpoints.glob(".*.ckpt.tmp")]
-        for file in own:
-            file.unlink(missing_ok=True)
+        return [file for file in own if file.exists()]
+
+    def clear(self, but: Collection[Path] = ()) -> None:
+        """Remove the files a run writes; anything else in the directory stays.
+
+        Args:
+            but: files that stay as well.
+        """
+        for file in self.own_files():
+            if file not in but:
+                file.unlink(missing_ok=True)
         if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
             self.checkpoints.rmdir()
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, given outermost first, as far as nothing is in them."""
+    for folder in reversed(folders):
+        try:
+            folder.rmdir()
+        except OSError:
+            return
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

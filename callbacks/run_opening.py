@@ -1,0 +1,42 @@
+"""``RunOpening``: nothing of a run's files or curves is made before everything is checked."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+
+from stableedit_pl.run.files.opening import Opening
+
+
+class RunOpening(Callback):
+    """Tells a run's :class:`Opening` when the run begins, and keeps loggers from beginning theirs before.
+
+    Lightning asks every logger for its experiment (an event file, a page on a server) before it reads anything.
+    ``EditTrainer`` hides them until then, and this callback, which comes first, hands them back: they begin with their
+    first point.
+    """
+
+    def __init__(self) -> None:
+        """No settings; ``EditTrainer`` sets what follows before each fit."""
+        self.opening: Opening | None = None  # of rank zero alone
+        self.loggers: list[Logger] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Hand the loggers back: callbacks look whether there are any."""
+        if self.loggers is not None:
+            trainer.loggers, self.loggers = self.loggers, None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """All is read and checked."""
+        if self.opening is not None:
+            self.opening.begin()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """The run is under way."""
+        if self.opening is not None:
+            self.opening.first_turn()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """So is one that had no turn left, and only takes its final scores."""
+        if self.opening is not None:
+            self.opening.first_turn()
