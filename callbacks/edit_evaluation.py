@@ -200,6 +200,7 @@ class EditEvaluation(Callback):
                 "target edits",
                 "precision": self.precision or f"the trainer's, {trainer.precision}",
             },
+            forked_from=editor.forked_from,
         )
 
 

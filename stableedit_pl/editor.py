@@ -5,7 +5,7 @@ and ``ClosedFormEdit.step`` plans and commits. ``trainer.global_step`` is the nu
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,11 @@ from stableedit_pl.devices.division import DivideAlgebra, solve_together
 from stableedit_pl.devices.shares import Share, gather_edits
 from stableedit_pl.errors import SettingError, refuse_differences, require_choice
 from stableedit_pl.method.normalization import Normalization, WhiteningSolver
-from stableedit_pl.method.settings import MethodSettings
+from stableedit_pl.method.scales import Scale
+from stableedit_pl.method.settings import BEFORE_PASSES, MethodSettings
 from stableedit_pl.method.statistics import LNStatistics, StatisticsScope
 from stableedit_pl.model.asking import ScoringRule
-from stableedit_pl.model.capture import Captured, LossReduction
+from stableedit_pl.model.capture import Captured, LossReduction, Pass
 from stableedit_pl.model.closed_form import BadTurns, ClosedFormEdit, EditorState, StepInput
 from stableedit_pl.model.digests import base_model_digest, tokenizer_digest
 from stableedit_pl.model.editable_model import SpecificityReference
@@ -47,8 +48,14 @@ class LifelongEditor(ScoredModel):
         base_model: folder or hub id of a Hugging Face causal language model; ``demo`` for the shipped one.
         sites: weights to edit: module names, globs, ``{a..b}`` ranges.
         normalization: ``whiten`` (StableEdit), ``standardize`` (UltraEdit) or ``none`` (no lifelong normalization).
-        step_size: scale of the targets of the ridge regression.
-        ridge: weight of the update's squared norm; larger changes less.
+        relative_step: how much a pass adds to a site's outputs at the turn's edits, relative to these outputs; 0.1
+            where step_size is not given. Becomes a step size once, and is recorded.
+        relative_ridge: ridge relative to the mean squared norm of a site's inputs; 0.01 where ridge is not given.
+        step_size: scale of the targets of the ridge regression: relative_step in absolute terms.
+        ridge: weight of the update's squared norm, larger changes less: relative_ridge in absolute terms.
+        passes: how often a turn looks at its edits, each time with the weights as planned so far; 1: the paper. A turn
+            stops early when nothing is left to do.
+        enough_margin: further passes leave an answer token alone once its probability is so far ahead of every other's.
         prior_strength: pseudo-observations per dimension of the value gradients' covariance prior; 0 selects
             the paper's improper prior.
         eigenvalue_floor: absolute lower bound on the covariance estimate's eigenvalues.
@@ -76,8 +83,8 @@ class LifelongEditor(ScoredModel):
         base_model: str,
         sites: list[str],
         normalization: Normalization = "whiten",
-        step_size: float = 1e-6,
-        ridge: float = 10.0,
+        step_size: float | None = None,
+        ridge: float | None = None,
         prior_strength: float = 1.0,
         eigenvalue_floor: float = 0.0,
         statistics_scope: StatisticsScope = "site",
@@ -91,6 +98,10 @@ class LifelongEditor(ScoredModel):
         scoring_batch_size: int = 128,
         whitening_solver: WhiteningSolver = "auto",
         divide_algebra: DivideAlgebra = "auto",
+        relative_step: float | None = None,
+        relative_ridge: float | None = None,
+        passes: int = 5,
+        enough_margin: float = 0.5,
     ) -> None:
         """See the class.
 
@@ -100,7 +111,16 @@ class LifelongEditor(ScoredModel):
         super().__init__(base_model, sites, model_dtype, scoring, specificity_reference, scoring_batch_size)
         self.save_hyperparameters()
         self.settings = MethodSettings(
-            normalization, step_size, ridge, prior_strength, eigenvalue_floor, whitening_solver
+            normalization,
+            step_size,
+            ridge,
+            prior_strength,
+            eigenvalue_floor,
+            whitening_solver,
+            relative_step,
+            relative_ridge,
+            passes,
+            enough_margin,
         )
         require_choice("divide_algebra", divide_algebra, DivideAlgebra)
         self.divide_algebra: DivideAlgebra = divide_algebra
@@ -206,16 +226,26 @@ class LifelongEditor(ScoredModel):
         """
         started = time.perf_counter()
         self._turn = turn
-        self._captured, self._shares = capture_together(
+        self._captured, self._shares = self._capture(turn)
+        self._capture_seconds = time.perf_counter() - started
+        return self._captured.measured[0].mean()
+
+    def _capture(self, turn: Turn, earlier: Sequence[Pass] | None = None) -> tuple[Captured, list[Share]]:
+        return capture_together(
             self.partial_forward,
             self.sites,
             [edit.encoding for edit in turn.edits],
             turn.micro_batches,
             self.pad_id,
             self.loss_reduction,
+            earlier,
         )
-        self._capture_seconds = time.perf_counter() - started
-        return self._captured.measured[0].mean()
+
+    def _capture_again(self) -> Captured:
+        """The turn's edits with the weights as they are now: a further pass."""
+        assert self._captured is not None and self._turn is not None
+        with self.trainer.precision_plugin.train_step_context():  # the closure alone runs inside it
+            return self._capture(self._turn, self._captured.passes)[0]
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Nothing: ``training_step`` took the gradients it needs."""
@@ -245,7 +275,14 @@ class LifelongEditor(ScoredModel):
         assert self._captured is not None and self._turn is not None
         override = self._turn.normalization
         settings = self.settings if override is None else replace(self.settings, normalization=override)
-        return StepInput(self._captured, settings, self._turn.update_weights)
+        return StepInput(
+            self._captured,
+            settings,
+            self._turn.update_weights,
+            self._capture_again,
+            count_rows=not self._turn.counted_before,
+            keep_scales=override is None,
+        )
 
     def _at_edit(self, turn: Turn, captured: Captured) -> tuple[list[float], list[float]]:
         """Losses and scores of the turn's own edits right after it."""
@@ -317,6 +354,7 @@ class LifelongEditor(ScoredModel):
             "forked_from": self.forked_from,
             "rejected_turns": list(self.state.rejected_turns),
             "update_norms": list(self.state.update_norms),
+            "scales": {scope: scale.plain() for scope, scale in self.state.scales.items()},
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -327,7 +365,7 @@ class LifelongEditor(ScoredModel):
         """
         self.configure_model()
         stored = stored_identity(checkpoint)
-        theirs, ours = dict(stored["fingerprint"]), self.fingerprint()
+        theirs, ours = {**BEFORE_PASSES, **stored["fingerprint"]}, self.fingerprint()
         trainer = self._trainer  # none in load_from_checkpoint
         if trainer is not None and trainer.training:  # captures depend on it; scores may be taken in any
             theirs["precision"], ours["precision"] = stored["precision"], str(trainer.precision)
@@ -335,6 +373,7 @@ class LifelongEditor(ScoredModel):
         self.state.committed_turns = stored["committed_turns"]
         self.state.rejected_turns = list(stored["rejected_turns"])
         self.state.update_norms = list(stored["update_norms"])
+        self.state.scales = {scope: Scale(**scale) for scope, scale in stored.get("scales", {}).items()}
         self.forked_from = stored["forked_from"]
         # Lightning stores "that was the last batch"; a stream or horizon that grew since would end at once.
         loop = checkpoint.get("loops", {}).get("fit_loop", {})

@@ -10,12 +10,20 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stableedit_pl.method.ridge import SiteUpdate
+from stableedit_pl.method.settings import MethodSettings
 from stableedit_pl.method.workspace import Workspace, workspace_sizes
 from stableedit_pl.model.sites import Site
 
 WORDS = [f"w{i}" for i in range(60)]
 LLAMA_SITE = "model.layers.1.mlp.down_proj"
 GPT2_SITE = "transformer.h.1.mlp.c_proj"
+
+
+def absolute(
+    normalization: Any = "whiten", step_size: float = 1e-6, ridge: float = 10.0, *args: Any, **others: Any
+) -> MethodSettings:
+    """A method whose step and ridge are numbers already: it needs no turn to find them, nor a site's outputs."""
+    return MethodSettings(normalization, step_size, ridge, *args, **others)
 
 
 def word_tokenizer(words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:

@@ -42,6 +42,7 @@ class Turn:
         micro_batches: which edits go through the model together.
         update_weights: False for a warm-up turn that only feeds the statistics.
         normalization: what this turn uses instead of the editor's own; None for the editor's own.
+        counted_before: its rows are in the statistics already: a warm-up turn had these edits.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class Turn:
         micro_batches: MicroBatches,
         update_weights: bool = True,
         normalization: Normalization | None = None,
+        counted_before: bool = False,
     ) -> None:
         """See the class."""
+        self.counted_before = counted_before
         self.index = index
         self.phase: Phase = phase
         self.edits = edits

@@ -72,7 +72,8 @@ class Needs:
         shapes = [(site.d_in, site.d_out) for site in sites]
         solvers = {self._solver(site, device) for site in sites}
         masters = any(self.master(site) for site in sites)
-        return max(planned_bytes(shapes, self.rows, masters, self.scope, solver).total for solver in solvers)
+        passes = self.settings.passes
+        return max(planned_bytes(shapes, self.rows, masters, self.scope, solver, passes).total for solver in solvers)
 
     def master(self, site: ModelSite) -> bool:
         """Whether a site has a float32 master."""
@@ -91,9 +92,8 @@ class Needs:
         method = self.settings
         if method.normalization != "whiten":
             return None
-        chosen = choose_solver(
-            method.whitening_solver, self.rows, site.d_out, device, method.prior_strength, method.eigenvalue_floor
-        )
+        wanted = method.solver_on(device)
+        chosen = choose_solver(wanted, self.rows, site.d_out, device, method.prior_strength, method.eigenvalue_floor)
         return "eigh" if chosen == "eigh" else "quadrature"
 
     def traffic(self, site: ModelSite, device: torch.device) -> tuple[int, int, float]:

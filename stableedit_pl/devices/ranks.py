@@ -188,6 +188,12 @@ def gather_columns(own: Tensor, width: int) -> Tensor:
     return torch.cat(_all_gather(padded, _team_groups[0], len(team)), dim=1)[:, :width].to(own.device)
 
 
+def team_size() -> int:
+    """Ranks that hold layers in parts together with this one, itself included."""
+    (team,) = (team for team in _teams if rank() in team)
+    return len(team)
+
+
 def gather_equal(own: Tensor) -> Tensor:
     """Every rank's rows, as many on each, one rank after another; dtype and device of ``own``."""
     return torch.cat(_all_gather(own.to(device()))).to(own.device)

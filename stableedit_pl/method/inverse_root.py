@@ -167,8 +167,8 @@ def clamped_eigenvalues(eigenvalues: Tensor, eigenvalue_floor: float) -> Tensor:
     return torch.maximum(eigenvalues, eigenvalues[-1] * torch.finfo(torch.float32).eps).clamp_(min=eigenvalue_floor)
 
 
-def apply_by_eigh(covariance: Tensor, eigenvalue_floor: float, rows: Tensor) -> Tensor:
-    """``rows @ Sigma^{-1/2}`` by eigendecomposition: the reference, for any covariance.
+def eigen_root(covariance: Tensor, eigenvalue_floor: float) -> tuple[Tensor, Tensor]:
+    """``Sigma^{-1/2}`` by eigendecomposition: the reference, for any covariance.
 
     The root is taken in float64: on a spread of 1e8 between eigenvalues a float32 eigendecomposition has no
     correct digit left at the small end, where the inverse root is largest.
@@ -176,13 +176,31 @@ def apply_by_eigh(covariance: Tensor, eigenvalue_floor: float, rows: Tensor) -> 
     Args:
         covariance: ``Sigma``, float64 ``[d, d]``; overwritten where it is not finite, on which LAPACK may do anything.
         eigenvalue_floor: see :func:`clamped_eigenvalues`.
-        rows: ``[N, d]``, centred.
 
     Returns:
-        ``[N, d]`` in the dtype of ``rows``; zeros where the covariance is zero.
+        Eigenvectors in columns ``[d, d]``, and the inverse roots of their eigenvalues ``[d]``, zeros where the
+        covariance is zero.
     """
     eigenvalues, vectors = torch.linalg.eigh(covariance.nan_to_num_(0.0, 0.0, 0.0))
     clamped = clamped_eigenvalues(eigenvalues, eigenvalue_floor)
-    inverse_root = torch.where(clamped > 0, clamped.rsqrt(), torch.zeros_like(clamped))
+    return vectors, torch.where(clamped > 0, clamped.rsqrt(), torch.zeros_like(clamped))
+
+
+def apply_by_eigh(covariance: Tensor, eigenvalue_floor: float, rows: Tensor) -> Tensor:
+    """``rows @ Sigma^{-1/2}`` for ``rows [N, d]``, centred, in their dtype; arguments as :func:`eigen_root`."""
+    return apply_root(*eigen_root(covariance, eigenvalue_floor), rows)
+
+
+def apply_root(vectors: Tensor, inverse_root: Tensor, rows: Tensor) -> Tensor:
+    """``rows @ Sigma^{-1/2}`` with a root from :func:`eigen_root`.
+
+    Args:
+        vectors: ``[d, d]``.
+        inverse_root: ``[d]``.
+        rows: ``[N, d]``, centred.
+
+    Returns:
+        ``[N, d]`` in the dtype of ``rows``.
+    """
     white: Tensor = (rows.to(torch.float64) @ vectors).mul_(inverse_root) @ vectors.T
     return white.to(rows.dtype)

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from stableedit_pl.method.inverse_root import (
-    apply_by_eigh,
     apply_by_quadrature,
+    apply_root,
     clamped_eigenvalues,
     condition_bound,
+    eigen_root,
     quadrature_nodes,
 )
 from stableedit_pl.method.moments import Moments
@@ -175,8 +176,24 @@ def allows_single(moments: Moments, prior_strength: float) -> bool:
     return condition_bound(moments.scatter, moments.count, prior_strength) * EPS <= SINGLE_ERROR
 
 
+@dataclass
+class KeptRoot:
+    """An eigendecomposition that all passes of a turn share: they have the same moments.
+
+    Attributes:
+        factors: eigenvectors and inverse roots of the eigenvalues; None before the first pass.
+    """
+
+    factors: tuple[Tensor, Tensor] | None = None
+
+
 def whiten(
-    rows: Tensor, moments: Moments, prior_strength: float, eigenvalue_floor: float, solver: Solver = "eigh"
+    rows: Tensor,
+    moments: Moments,
+    prior_strength: float,
+    eigenvalue_floor: float,
+    solver: Solver = "eigh",
+    kept: KeptRoot | None = None,
 ) -> Tensor:
     """Full whitening by the symmetric root, ``(rows - mean) @ Sigma^{-1/2}``.
 
@@ -187,6 +204,7 @@ def whiten(
         eigenvalue_floor: absolute lower bound on eigenvalues; they are never taken below machine epsilon
             (of float32, in which the scatter is kept) times the largest either.
         solver: from :func:`choose_solver`; ``quadrature (float32)`` where :func:`allows_single`.
+        kept: keeps the eigendecomposition, and gives it where it has one of these moments.
 
     Returns:
         ``[N, d]``, dtype of ``rows``.
@@ -198,7 +216,10 @@ def whiten(
         return apply_by_quadrature(moments.scatter, moments.count, prior_strength, centred, nodes, torch.float32)
     if solver == "quadrature":
         return apply_by_quadrature(moments.scatter, moments.count, prior_strength, centred)
-    return apply_by_eigh(covariance(moments, prior_strength), eigenvalue_floor, centred)
+    kept = KeptRoot() if kept is None else kept
+    if kept.factors is None:
+        kept.factors = eigen_root(covariance(moments, prior_strength), eigenvalue_floor)
+    return apply_root(*kept.factors, centred)
 
 
 @dataclass(frozen=True)
@@ -225,6 +246,7 @@ def normalize(
     prior_strength: float = 1.0,
     eigenvalue_floor: float = 0.0,
     solver: WhiteningSolver = "auto",
+    kept: KeptRoot | None = None,
 ) -> NormalizedRows:
     """Normalize a turn's rows by moments that already include them.
 
@@ -237,6 +259,7 @@ def normalize(
         prior_strength: see :func:`covariance`.
         eigenvalue_floor: see :func:`whiten`.
         solver: see :func:`choose_solver`.
+        kept: see :func:`whiten`.
     """
     if method == "none":
         return NormalizedRows(keys, gradients, None)
@@ -246,5 +269,5 @@ def normalize(
     chosen = solver_for(gradient_moments, method, prior_strength, eigenvalue_floor, solver)
     if chosen is None:
         return NormalizedRows(normalized_keys, standardizer(gradient_moments)(gradients), None)
-    white = whiten(gradients, gradient_moments, prior_strength, eigenvalue_floor, chosen)
+    white = whiten(gradients, gradient_moments, prior_strength, eigenvalue_floor, chosen, kept)
     return NormalizedRows(normalized_keys, white, chosen)

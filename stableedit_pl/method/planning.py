@@ -1,6 +1,6 @@
 """One turn's mathematics: captured rows and statistics in, planned changes out. Nothing is written here.
 
-    moments -> normalization -> targets -> ridge
+    moments -> (normalization -> targets -> ridge), once or, in several passes, again at the weights as planned so far
 
 DESIGN in one place: keys ``K [N, d_in]`` and value gradients ``G [N, d_out]`` are a site's rows at the turn's
 answer tokens; the moments are updated with them first, then they are normalized, turned into targets
@@ -11,15 +11,16 @@ are good is part of the draft, as tensors; they are read once, at its end, and m
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from stableedit_pl.method.moments import all_finite
-from stableedit_pl.method.normalization import Solver
+from stableedit_pl.method.normalization import KeptRoot, Solver
 from stableedit_pl.method.problem import Problem, Solution, Solve, solve_all
 from stableedit_pl.method.ridge import SiteUpdate, unsolvable
+from stableedit_pl.method.scales import Scale, Scales, enough_rows, ridge_for, step_for
 from stableedit_pl.method.settings import MethodSettings
 from stableedit_pl.method.statistics import LNStatistics, Rows
 
@@ -38,12 +39,16 @@ class TurnPlan:
         norms: site name to its update's Frobenius norm.
         solvers: site name to who took the inverse root that whitened its value gradients; without the sites whose were
             not whitened.
+        scales: absolute settings that the turn was computed with, by scope.
+        kept_scales: those that all later turns are to have.
     """
 
     statistics: LNStatistics
     updates: Mapping[str, SiteUpdate] = field(default_factory=dict)
     norms: Mapping[str, float] = field(default_factory=dict)
     solvers: Mapping[str, Solver] = field(default_factory=dict)
+    scales: Scales = field(default_factory=dict)
+    kept_scales: Scales = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ class TurnDraft:
         solvers: as in :class:`TurnPlan`.
         faults: most important first, what to say and the boolean scalar that is False where it must be said.
         norms: site name to its update's norm, a float64 scalar.
+        problems: what was solved; a further pass takes their moments, roots and scales.
+        kept_scales: as in :class:`TurnPlan`.
     """
 
     statistics: LNStatistics
@@ -63,6 +70,51 @@ class TurnDraft:
     solvers: Mapping[str, Solver]
     faults: Sequence[tuple[str, Tensor]]
     norms: Mapping[str, Tensor]
+    problems: Mapping[str, Problem] = field(default_factory=dict)
+    kept_scales: Scales = field(default_factory=dict)
+
+    def further(self, captured: Mapping[str, Rows], weights: Tensor, solve: Solve = solve_all) -> "TurnDraft":
+        """One more pass over the turn's edits, captured at the weights as planned so far.
+
+        The statistics know these edits already: they are neither counted nor changed.
+
+        Args:
+            captured: every site's rows, in the order of the first pass.
+            weights: how much of each row's target is left, ``[N]``, from :func:`what_is_left`.
+            solve: solves the sites' problems.
+
+        Returns:
+            A draft whose updates are this pass's alone.
+        """
+        placed = {name: self.statistics.beside_moments(name, captured[name]) for name in captured}
+        problems = {
+            scope: replace(before, rows={name: placed[name] for name in before.rows}, weights=weights)
+            for scope, before in self.problems.items()
+        }
+        faults = [
+            (f"keys or value gradients of site {name} are not finite in a further pass", all_finite(values))
+            for name, rows in placed.items()
+            for values in (rows.keys, rows.gradients)
+        ]
+        solutions = solve(list(problems.values()))
+        return self._solved(problems, solutions, faults)
+
+    def _solved(
+        self,
+        problems: Mapping[str, Problem],
+        solutions: Mapping[str, Solution],
+        faults: Sequence[tuple[str, Tensor]],
+    ) -> "TurnDraft":
+        updates = {name: solutions[name].update for name in self.updates}
+        failed = _unsolved(problems, solutions)
+        norms = {name: update.norm() for name, update in updates.items()}
+        return replace(self, updates=updates, faults=[*faults, *failed], norms=norms, problems=problems)
+
+    def together(self, updates: Mapping[str, SiteUpdate]) -> "TurnDraft":
+        """The draft of a turn whose passes add up to ``updates``; what was wrong with a pass was said by its own."""
+        return replace(
+            self, updates=updates, faults=[], norms={name: update.norm() for name, update in updates.items()}
+        )
 
     def read(
         self, more_faults: Sequence[tuple[str, Tensor]] = (), beside: Tensor | None = None
@@ -91,7 +143,9 @@ class TurnDraft:
                 f"the update of {', '.join(unbounded)} is not finite; a smaller step_size or a larger ridge may help"
             )
         wrong += [message for message, number in zip(after, numbers[len(before) :], strict=False) if not number]
-        return wrong, TurnPlan(self.statistics, self.updates, norms, self.solvers), others
+        scales = {scope: problem.scale for scope, problem in self.problems.items()}
+        plan = TurnPlan(self.statistics, self.updates, norms, self.solvers, scales, self.kept_scales)
+        return wrong, plan, others
 
 
 def read_tensors(tensors: Sequence[Tensor]) -> list[list[float]]:
@@ -114,11 +168,15 @@ def draft_turn(
     settings: MethodSettings,
     update_weights: bool = True,
     solve: Solve = solve_all,
+    scales: Scales | None = None,
+    output_norms: Mapping[str, Tensor] | None = None,
+    count_rows: bool = True,
 ) -> TurnDraft:
-    """Compute a turn without writing anything, and without waiting for the device.
+    """Compute a turn, or the first of its passes, without writing anything, and without waiting for the device.
 
     Sites on several accelerators are solved at the same time: the host queues the work of each site where its moments
     are and goes on to the next. Sites whose moments are in host memory come last, since the host does those itself.
+    Only where a relative setting has still to become a number does the host wait for it.
 
     Args:
         captured: every site's rows of this turn.
@@ -126,6 +184,10 @@ def draft_turn(
         settings: the method.
         update_weights: False for a warm-up turn that only feeds the statistics.
         solve: solves the sites' problems.
+        scales: those that an earlier turn kept, by scope.
+        output_norms: site name to the norm of its output at each of the turn's answer tokens, ``[N]``; needed where
+            ``relative_step`` has still to become a number.
+        count_rows: False where the statistics know the turn's rows already.
     """
     # The algebra happens where the moments live, which need not be the model's device.
     names_in_order = list(captured)
@@ -135,22 +197,91 @@ def draft_turn(
         for name, rows in captured.items()
         for values in (rows.keys, rows.gradients)
     ]
-    after = statistics.updated(captured)
+    after = statistics.updated(captured) if count_rows else statistics
     faults += [("the LN statistics would not be finite after this turn", good) for good in after.finite()]
-    solutions: Mapping[str, Solution] = {}
-    if update_weights:
-        scopes = dict.fromkeys(after.scope_of[name] for name in captured)
-        members = {scope: {n: r for n, r in captured.items() if after.scope_of[n] == scope} for scope in scopes}
-        solutions = solve(
-            [Problem(members[scope], after.keys[scope], after.gradients[scope], settings) for scope in scopes]
+    if not update_weights:
+        return TurnDraft(after, {}, {}, faults, {})
+    scopes = dict.fromkeys(after.scope_of[name] for name in captured)
+    members = {scope: {n: r for n, r in captured.items() if after.scope_of[n] == scope} for scope in scopes}
+    known = {} if scales is None else scales
+    problems = {
+        scope: Problem(
+            members[scope],
+            after.keys[scope],
+            after.gradients[scope],
+            settings,
+            known.get(scope) or _first_scale(members[scope], settings),
+            root=KeptRoot() if settings.passes > 1 else None,
         )
-        faults += [
-            (f"site {name}: {unsolvable(solution.update, settings.ridge)}", solution.failed == 0)
-            for name, solution in solutions.items()
-        ]
-    updates = {name: solutions[name].update for name in names_in_order if name in solutions}
+        for scope in scopes
+    }
+    solutions = dict(solve(list(problems.values())))
+    faults += _unsolved(problems, solutions)
+    kept: dict[str, Scale] = {}
+    for scope, problem in problems.items():
+        if scope in known or not settings.relative:
+            continue
+        step: float | None = problem.scale.step_size
+        if settings.relative_step is not None:
+            step = _resolved_step(problem, solutions, output_norms or {}, settings.relative_step)
+        if step is None:
+            continue  # nothing was added: whether that is a fault is seen when the draft is read
+        if settings.relative_step is not None:
+            problems[scope] = replace(problem, scale=Scale(step, problem.scale.ridge))
+            for name in problem.rows:
+                solutions[name] = replace(solutions[name], update=solutions[name].update.scaled(step))
+        moments = after.gradients[scope]
+        if enough_rows(moments.count, moments.mean.shape[0]):
+            kept[scope] = problems[scope].scale
+    updates = {name: solutions[name].update for name in names_in_order}
     solvers = {name: solution.solver for name, solution in solutions.items() if solution.solver is not None}
-    return TurnDraft(after, updates, solvers, faults, {name: update.norm() for name, update in updates.items()})
+    norms = {name: update.norm() for name, update in updates.items()}
+    return TurnDraft(after, updates, solvers, faults, norms, problems, kept)
+
+
+def _first_scale(rows: Mapping[str, Rows], settings: MethodSettings) -> Scale:
+    """A scope's scale before its step is known: an update is linear in the step, so it is solved with 1."""
+    ridge = ridge_for([one.keys for one in rows.values()], settings)
+    return Scale(1.0 if settings.step_size is None else settings.step_size, ridge)
+
+
+def _resolved_step(
+    problem: Problem, solutions: Mapping[str, Solution], output_norms: Mapping[str, Tensor], relative_step: float
+) -> float | None:
+    missing = [name for name in problem.rows if name not in output_norms]
+    if missing:
+        raise ValueError(f"relative_step needs the norms of the outputs of {', '.join(missing)}")
+    return step_for(
+        [rows.keys for rows in problem.rows.values()],
+        [solutions[name].update for name in problem.rows],
+        [output_norms[name] for name in problem.rows],
+        relative_step,
+    )
+
+
+def _unsolved(problems: Mapping[str, Problem], solutions: Mapping[str, Solution]) -> list[tuple[str, Tensor]]:
+    return [
+        (f"site {name}: {unsolvable(solutions[name].update, problem.scale.ridge)}", solutions[name].failed == 0)
+        for problem in problems.values()
+        for name in problem.rows
+    ]
+
+
+def what_is_left(margins: Tensor, enough: float) -> Tensor:
+    """How much of each answer token's target a further pass takes.
+
+    1 where the token is not the model's first choice, falling linearly to 0 at a margin of ``enough``: a token that is
+    learned is held where it is by a target of zero. A turn ends when nothing is left. Because nothing jumps at either
+    bound, rounding, which differs with micro-batches and processes, changes results by rounding only.
+
+    Args:
+        margins: probability of each answer token less that of the best other token, ``[N]``, between -1 and 1.
+        enough: in ``(0, 1]``.
+
+    Returns:
+        ``[N]``, float64, between 0 and 1.
+    """
+    return (1.0 - margins.double() / enough).clamp(0.0, 1.0)
 
 
 def plan_turn(

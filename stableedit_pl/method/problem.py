@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from stableedit_pl.method.moments import Moments
-from stableedit_pl.method.normalization import Solver, normalize, solver_for
+from stableedit_pl.method.normalization import KeptRoot, Solver, WhiteningSolver, normalize, solver_for
 from stableedit_pl.method.ridge import SiteUpdate, ridge_update, targets
+from stableedit_pl.method.scales import Scale
 from stableedit_pl.method.settings import MethodSettings
 from stableedit_pl.method.statistics import Rows
 
@@ -42,19 +43,26 @@ class Problem:
         key_moments: after the turn, diagonal.
         gradient_moments: after the turn, full.
         settings: the method.
+        scale: its absolute settings here.
+        weights: how much of each row's target is left, ``[rows of a site]``; None for all of it.
+        root: what passes of one turn share; None where there is one.
     """
 
     rows: Mapping[str, Rows]
     key_moments: Moments
     gradient_moments: Moments
     settings: MethodSettings
+    scale: Scale
+    weights: Tensor | None = None
+    root: KeptRoot | None = None
 
     def solver(self) -> Solver | None:
         """Who will take the inverse root."""
         s = self.settings
-        return solver_for(
-            self.gradient_moments, s.normalization, s.prior_strength, s.eigenvalue_floor, s.whitening_solver
-        )
+        return solver_for(self.gradient_moments, s.normalization, s.prior_strength, s.eigenvalue_floor, self._wanted())
+
+    def _wanted(self) -> WhiteningSolver:
+        return self.settings.solver_on(self.gradient_moments.mean.device)
 
     def solve(self) -> dict[str, Solution]:
         """Each site's solution; the inverse root is taken once for all of them."""
@@ -62,7 +70,9 @@ class Problem:
         wanted = torch.split(values, [len(one.keys) for one in self.rows.values()])
         solved = {}
         for (name, own), value in zip(self.rows.items(), wanted, strict=True):
-            solved[name] = Solution(*ridge_update(own.keys, value, self.settings.ridge), solver)
+            if self.weights is not None:
+                value = value * self.weights.to(value.device, value.dtype).unsqueeze(1)
+            solved[name] = Solution(*ridge_update(own.keys, value, self.scale.ridge), solver)
         return solved
 
     def _targets(self, rows: Sequence[Rows]) -> tuple[Tensor, Solver | None]:
@@ -75,9 +85,10 @@ class Problem:
             settings.normalization,
             settings.prior_strength,
             settings.eigenvalue_floor,
-            settings.whitening_solver,
+            self._wanted(),
+            self.root,
         )
-        return targets(normalized.keys, normalized.gradients, settings.step_size), normalized.solver
+        return targets(normalized.keys, normalized.gradients, self.scale.step_size), normalized.solver
 
 
 Solve = Callable[[Sequence[Problem]], Mapping[str, Solution]]

@@ -40,6 +40,19 @@ class SiteUpdate:
         right = self.right.double() @ other.right.double().T
         return (left * right).sum()
 
+    def scaled(self, factor: float) -> "SiteUpdate":
+        """The update times a number."""
+        return SiteUpdate(self.left, self.right * factor, self.left_gram)
+
+    def plus(self, other: "SiteUpdate") -> "SiteUpdate":
+        """The sum of two updates, still in factors: their rows one below the other, or added where the left ones agree.
+
+        Passes of a turn have the same keys at its first site: what they do there is one update of as many rows.
+        """
+        if self.left is other.left or (self.left.shape == other.left.shape and torch.equal(self.left, other.left)):
+            return SiteUpdate(self.left, self.right + other.right, self.left_gram)
+        return SiteUpdate(torch.cat([self.left, other.left]), torch.cat([self.right, other.right]))
+
     def norm(self) -> Tensor:
         """Frobenius norm, float64 scalar."""
         gram = self.left_gram

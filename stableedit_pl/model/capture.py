@@ -35,17 +35,20 @@ class Taps:
             where ranks divide the site's input. Likewise ``gradients``.
         starts: outputs in which the graph begins.
         gradients: site name to the gradient at its outputs at the answer tokens, ``[N, d_out]``, after the backward.
+        squares: site name to the squared norm of its output at the answer tokens, float32 ``[N, 1]``; of the columns
+            that this rank has.
     """
 
     batch: Batch | None = None
     keys: dict[str, Tensor] = field(default_factory=dict)
     starts: list[Tensor] = field(default_factory=list)
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    squares: dict[str, Tensor] = field(default_factory=dict)
 
     def begin(self, batch: Batch) -> None:
         """Forget the pass before."""
         self.batch = batch
-        self.keys, self.starts, self.gradients = {}, [], {}
+        self.keys, self.starts, self.gradients, self.squares = {}, [], {}, {}
 
     def see(self, name: str, inputs: Tensor, output: Tensor) -> None:
         """Take a site's keys, and have its gradients taken."""
@@ -60,6 +63,7 @@ class Taps:
             self.starts.append(output)
         answers = self.batch.on(output.device)
         self.keys[name] = local(inputs).detach()[answers]
+        self.squares[name] = local(output).detach()[answers].float().square().sum(dim=1, keepdim=True)
         gradients = self.gradients
 
         def take(gradient: Tensor) -> None:
@@ -117,11 +121,16 @@ class Captured:
         measured: per edit, cross entropy summed over its answer tokens before the turn, and the fraction of its answer
             tokens that the model already predicted: float32 ``[2, edits]``, on the device.
         passes: the forward passes.
+        squares: site name to the squared norm of its output at each row, float32 ``[N, 1]``.
+        margins: probability of each row's answer token less that of the best other token, float32 ``[N, 1]``, on the
+            device of ``measured``.
     """
 
     rows: dict[str, Rows]
     measured: Tensor
     passes: list[Pass] = field(default_factory=list)
+    squares: dict[str, Tensor] = field(default_factory=dict)
+    margins: Tensor | None = None
 
     def take(self, measured: list[float]) -> None:
         """Take the elements of ``measured``, read together with other numbers; else the first look waits for them."""
@@ -142,6 +151,11 @@ class Captured:
         return self._read[self.measured.shape[1] :]
 
     @property
+    def output_norms(self) -> dict[str, Tensor]:
+        """Site name to the norm of its output at each row, float32 ``[N]``."""
+        return {name: squares[:, 0].sqrt() for name, squares in self.squares.items()}
+
+    @property
     def mean_loss(self) -> float:
         """Mean of the edits' summed losses before the turn."""
         return sum(self.losses) / len(self.losses)
@@ -154,6 +168,7 @@ def capture(
     micro_batches: MicroBatches,
     pad_id: int,
     loss_reduction: LossReduction = "token_sum",
+    earlier: Sequence[Pass] | None = None,
 ) -> Captured:
     """Run the turn's edits through the model and keep what the update needs.
 
@@ -165,6 +180,8 @@ def capture(
         pad_id: fills padding.
         loss_reduction: ``token_sum``, each answer token's own gradient, or ``micro_batch_mean``, the gradient of
             the mean over a micro-batch's answer tokens (the published program).
+        earlier: forward passes of the turn's first capture, for the same micro-batches: their layers below the first
+            site, which no planned update changes, are not run again.
 
     Returns:
         Rows in float32 on the device of each site.
@@ -174,14 +191,21 @@ def capture(
     """
     keys: dict[str, list[Tensor]] = {site.name: [] for site in sites}
     gradients: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+    squares: dict[str, list[Tensor]] = {site.name: [] for site in sites}
     measured: list[Tensor] = []
+    margins: list[Tensor] = []
     passes: list[Pass] = []
     with torch.inference_mode(False), torch.enable_grad(), tapped(sites) as taps:
-        for members in micro_batches:
-            batch = collate([encodings[i] for i in members], pad_id, forward.device)
+        for place, members in enumerate(micro_batches):
+            known = None if earlier is None else earlier[place]
+            batch = collate([encodings[i] for i in members], pad_id, forward.device) if known is None else known.batch
             taps.begin(batch)
-            logits, lower = forward.logits_and_lower(batch)
-            passes.append(Pass(members, batch, lower))
+            if known is None:
+                logits, lower = forward.logits_and_lower(batch)
+                passes.append(Pass(members, batch, lower))
+            else:
+                logits = forward.logits(batch, known.lower)
+                passes.append(known)
             missing = [site.name for site in sites if site.name not in taps.keys]
             if missing:
                 raise RuntimeError(
@@ -189,6 +213,7 @@ def capture(
                     "compiled (torch.compile drops hooks; edit the uncompiled model)"
                 )
             loss, losses, correct = answer_loss(logits, batch, loss_reduction)
+            own_margins = answer_margins(logits.detach(), batch)
             del logits
             torch.autograd.grad(loss, taps.starts, allow_unused=True)
             unused = [site.name for site in sites if site.name not in taps.gradients]
@@ -197,7 +222,9 @@ def capture(
             for site in sites:
                 keys[site.name].append(taps.keys[site.name].float())
                 gradients[site.name].append(taps.gradients[site.name].float())
+                squares[site.name].append(taps.squares[site.name])
             measured.append(torch.stack([losses, correct]))
+            margins.append(own_margins)
             del loss, losses, correct
     rows = _row_order(encodings, micro_batches)
     edits = torch.tensor([i for members in micro_batches for i in members])
@@ -205,6 +232,8 @@ def capture(
         {site.name: Rows(_sorted(keys[site.name], rows), _sorted(gradients[site.name], rows)) for site in sites},
         _sorted([part.T for part in measured], edits.argsort()).T,
         passes,
+        {site.name: _sorted(squares[site.name], rows) for site in sites},
+        _sorted(margins, rows),
     )
 
 
@@ -219,6 +248,25 @@ def _sorted(parts: list[Tensor], order: Tensor) -> Tensor:
     if rows.device.type == "cuda":
         order = order.pin_memory().to(rows.device, non_blocking=True)
     return rows[order.to(rows.device)]
+
+
+@torch.no_grad()
+def answer_margins(logits: Tensor, batch: Batch) -> Tensor:
+    """How far each answer token is ahead: its probability less that of the best other token.
+
+    Args:
+        logits: at the answer tokens, ``[N, vocabulary]``.
+        batch: the encodings they belong to.
+
+    Returns:
+        float32 ``[N, 1]``, between -1 and 1; positive where it is the model's first choice.
+    """
+    wanted = batch.labels.to(logits.device)[batch.on(logits.device)].unsqueeze(1)
+    rows = logits.float()
+    level = rows.logsumexp(dim=1, keepdim=True)
+    best = rows.topk(2, dim=1)
+    other = torch.where(best.indices[:, :1] == wanted, best.values[:, 1:], best.values[:, :1])
+    return (rows.gather(1, wanted) - level).exp() - (other - level).exp()
 
 
 def answer_loss(logits: Tensor, batch: Batch, loss_reduction: LossReduction) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,16 +9,18 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from stableedit_pl.method.planning import BadTurn, TurnPlan, draft_turn, refuse_zero
+from stableedit_pl.method.planning import BadTurn, TurnDraft, TurnPlan, draft_turn, refuse_zero, what_is_left
 from stableedit_pl.method.problem import Solve, solve_all
 from stableedit_pl.method.ridge import SiteUpdate
+from stableedit_pl.method.scales import Scale
 from stableedit_pl.method.settings import MethodSettings
 from stableedit_pl.method.statistics import LNStatistics
 from stableedit_pl.method.workspace import Workspace, workspace_sizes
@@ -36,6 +38,7 @@ class EditorState:
         statistics: the LN statistics after the last committed turn.
         committed_turns: how many turns have been committed.
         committing: True only while a commit writes; a state in which nothing may be saved.
+        scales: absolute settings that relative ones became, by scope.
         rejected_turns: indices of turns whose numbers were bad, so that nothing of them was applied.
         update_norms: norm of each of the last ``NORMS_KEPT`` updates, all sites together.
     """
@@ -43,6 +46,7 @@ class EditorState:
     statistics: LNStatistics
     committed_turns: int = 0
     committing: bool = False
+    scales: dict[str, Scale] = field(default_factory=dict)
     rejected_turns: list[int] = field(default_factory=list)
     update_norms: list[float] = field(default_factory=list)
 
@@ -67,11 +71,32 @@ class StepInput:
         captured: keys and value gradients.
         settings: the method, as it applies to this turn.
         update_weights: False to feed the statistics only.
+        again: captures the same edits at the weights as they are then, for a further pass; None: there is one pass.
+        count_rows: False where the statistics know the turn's rows already.
+        keep_scales: whether relative settings may become absolute numbers for good in this turn.
     """
 
     captured: Captured
     settings: MethodSettings
     update_weights: bool
+    again: Callable[[], Captured] | None = None
+    count_rows: bool = True
+    keep_scales: bool = True
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass of a turn saw before it changed anything.
+
+    Attributes:
+        loss: mean over edits of the cross entropy summed over their answer tokens.
+        token_match: mean over edits of the fraction of answer tokens that are the model's first choice.
+        seconds: how long the pass took, its capture included.
+    """
+
+    loss: float
+    token_match: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -84,12 +109,14 @@ class StepResult:
             the weight's dtype kept. Empty unless asked for.
         seconds: duration of ``plan`` and ``commit``.
         rejected: why the turn was rejected; None for an applied one.
+        passes: what each pass saw, the first included; empty for a turn that left the weights alone.
     """
 
     plan: TurnPlan
     survived: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     rejected: str | None = None
+    passes: Sequence[PassRecord] = ()
 
 
 class ClosedFormEdit(Optimizer):
@@ -116,6 +143,7 @@ class ClosedFormEdit(Optimizer):
     ) -> None:
         """See the class."""
         super().__init__([site.module.weight for site in sites], defaults={})
+        self._passes: list[PassRecord] = []
         self.sites = list(sites)
         self.editor_state = state
         self.take_input = take_input
@@ -144,6 +172,7 @@ class ClosedFormEdit(Optimizer):
         with torch.enable_grad():
             loss = closure()
         given = self.take_input()
+        self._passes = []
         started = time.perf_counter()
         rejected = None
         try:
@@ -157,15 +186,27 @@ class ClosedFormEdit(Optimizer):
         planned = time.perf_counter()
         survived = self._commit(plan, prepared, rejected)
         seconds = {"plan": planned - started, "commit": time.perf_counter() - planned}
-        self.last = StepResult(plan, survived, seconds, rejected)
+        self.last = StepResult(plan, survived, seconds, rejected, self._passes)
         self._log_solvers(plan)
         return loss
 
     def _plan(self, given: StepInput) -> tuple[TurnPlan, list[Prepared]]:
         """The checked plan, and its updates ready to be added."""
+        captured, started = given.captured, time.perf_counter()
         draft = draft_turn(
-            given.captured.rows, self.editor_state.statistics, given.settings, given.update_weights, self.solve
+            captured.rows,
+            self.editor_state.statistics,
+            given.settings,
+            given.update_weights,
+            self.solve,
+            self.editor_state.scales if given.keep_scales else None,
+            captured.output_norms,
+            given.count_rows,
         )
+        if not given.keep_scales:
+            draft = replace(draft, kept_scales={})
+        if given.update_weights and given.again is not None and given.settings.passes > 1:
+            draft = self._further_passes(draft, given, started)
         prepared = self._prepared(draft.updates)
         too_large = [
             (
@@ -183,9 +224,52 @@ class ClosedFormEdit(Optimizer):
             raise BadTurn("the loss of the turn's edits is not finite")
         if wrong:
             raise BadTurn(wrong[0])
+        if plan.updates and not self._passes:
+            self._passes = [PassRecord(loss, _mean(correct), time.perf_counter() - started)]
         refuse_zero(plan, satisfied=all(score == 1.0 for score in correct))
         self._refuse_outlier(total_norm(plan))
         return plan, prepared
+
+    def _further_passes(self, first: TurnDraft, given: StepInput, started: float) -> TurnDraft:
+        """The draft of all passes together: each captures the edits with the weights as planned so far.
+
+        The weights take the planned updates on and are put back, bit for bit, whatever happens: nothing is committed.
+        """
+        assert given.again is not None
+        draft, total, captured = first, dict(first.updates), given.captured
+        with ExitStack() as trials:
+            self.editor_state.committing = True  # no state may be saved with weights that are only tried on
+            trials.callback(setattr, self.editor_state, "committing", False)
+            for site in self.sites:
+                trials.enter_context(site.trial())
+            for _ in range(given.settings.passes - 1):
+                self._check(draft, captured, started)
+                started = time.perf_counter()
+                self._try_on(draft.updates, total)
+                captured = given.again()
+                assert captured.margins is not None
+                left = what_is_left(captured.margins[:, 0], given.settings.enough_margin)
+                if not left.any():
+                    return first.together(total)
+                draft = draft.further(captured.rows, left, self.solve)
+                for name, update in draft.updates.items():
+                    total[name] = total[name].plus(update)
+            self._check(draft, captured, started)
+        return first.together(total)
+
+    def _try_on(self, updates: Mapping[str, SiteUpdate], total: Mapping[str, SiteUpdate]) -> None:
+        for site, so_far, workspace in self._prepared(total):
+            site.try_on(site.placed(updates[site.name]), so_far, workspace)
+
+    def _check(self, draft: TurnDraft, captured: Captured, started: float) -> None:
+        """Wait for a pass's numbers, refuse bad ones, and note what it saw."""
+        wrong, _, measured = draft.read(beside=captured.measured)
+        captured.take(measured)
+        if not math.isfinite(captured.mean_loss):
+            raise BadTurn("the loss of the turn's edits is not finite")
+        if wrong:
+            raise BadTurn(wrong[0])
+        self._passes.append(PassRecord(captured.mean_loss, _mean(captured.correct), time.perf_counter() - started))
 
     def _prepared(self, updates: Mapping[str, SiteUpdate]) -> list[Prepared]:
         """Each edited site with its update and its device's workspace: whatever needs memory happens here."""
@@ -220,6 +304,7 @@ class ClosedFormEdit(Optimizer):
         for site, update, workspace in prepared:
             site.add(update, workspace)
         state.statistics = plan.statistics
+        state.scales |= plan.kept_scales
         if prepared:
             state.update_norms = [*state.update_norms, total_norm(plan)][-NORMS_KEPT:]
         if rejected is not None:
@@ -236,6 +321,10 @@ class ClosedFormEdit(Optimizer):
             if solver is not None and self._solvers.get(shape) != solver:
                 self._solvers[shape] = solver
                 log.info("Value gradients of %d x %d sites are whitened by %s", *shape, solver)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def total_norm(plan: TurnPlan) -> float:

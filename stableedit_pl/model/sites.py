@@ -161,17 +161,36 @@ class Site:
         return delta if self.transposed else delta.T
 
     @contextmanager
-    def original_weight(self) -> Iterator[None]:
-        """Run with the base model's weight in place; the edited one returns afterwards, bit for bit."""
+    def trial(self) -> Iterator[None]:
+        """Whatever is written to the weight inside is gone afterwards, bit for bit; the master must not be touched."""
         # The weight is its master rounded, always: where there is one, no copy is needed to return.
-        edited = self.weight.clone() if self.master is None else self.master
-        with torch.no_grad():
-            self.weight.copy_(self.original)
+        before = self.weight.clone() if self.master is None else self.master
         try:
             yield
         finally:
             with torch.no_grad():
-                self.weight.copy_(edited)
+                self.weight.copy_(before)
+
+    @torch.no_grad()
+    def try_on(self, update: SiteUpdate, so_far: SiteUpdate, workspace: Workspace) -> None:
+        """Have the model run with one more planned update, inside :meth:`trial`.
+
+        Args:
+            update: on top of what was tried on before, from :meth:`placed`; added where the weight keeps it.
+            so_far: all of them together; added to the master where there is one, and rounded from there.
+            workspace: on the device of :attr:`state`, large enough for ``so_far``.
+        """
+        base, added = (self.weight, update) if self.master is None else (self.master, so_far)
+        for rows, total in workspace.sums(base, added, self.transposed):
+            self.weight[rows].copy_(total)
+
+    @contextmanager
+    def original_weight(self) -> Iterator[None]:
+        """Run with the base model's weight in place; the edited one returns afterwards, bit for bit."""
+        with self.trial():
+            with torch.no_grad():
+                self.weight.copy_(self.original)
+            yield
 
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -33,7 +33,7 @@ def write_results(
     stream: EditStream,
     results: dict[str, Any],
     measured: Mapping[str, str],
-    forked_from: str | None = None,
+    forked_from: str | None,
 ) -> None:
     """Write ``results.json`` and show the same in TensorBoard.
 

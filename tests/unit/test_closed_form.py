@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 from allocations import peak_bytes
-from tiny import relative_difference
+from tiny import absolute, relative_difference
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from stableedit_pl.method import workspace
 from stableedit_pl.method.planning import BadTurn, TurnPlan, plan_turn
 from stableedit_pl.method.ridge import SiteUpdate
-from stableedit_pl.method.settings import MethodSettings
 from stableedit_pl.method.statistics import LNStatistics, Rows
 from stableedit_pl.method.workspace import Workspace
 from stableedit_pl.model import closed_form
@@ -22,7 +21,7 @@ from stableedit_pl.model.capture import Captured
 from stableedit_pl.model.closed_form import ClosedFormEdit, EditorState, StepInput
 from stableedit_pl.model.sites import Site
 
-SETTINGS = MethodSettings(step_size=0.01, ridge=2.0)
+SETTINGS = absolute(step_size=0.01, ridge=2.0)
 
 
 class Bench:
@@ -238,7 +237,7 @@ def test_survival_shows_updates_that_vanish() -> None:
         for site in bench.sites:
             site.module.weight.fill_(100.0)
     bench.optimizer.measure_survival = True
-    bench.step(StepInput(bench.turn(0).captured, MethodSettings(step_size=1e-6), True))
+    bench.step(StepInput(bench.turn(0).captured, absolute(step_size=1e-6), True))
     assert bench.optimizer.last is not None and set(bench.optimizer.last.survived.values()) == {0.0}
 
 
@@ -255,7 +254,7 @@ def test_a_weight_that_overflows_its_dtype_is_a_bad_turn() -> None:
         bench.sites[0].module.weight.fill_(65504.0)
     snapshot = bench.snapshot()
     with pytest.raises(BadTurn):
-        bench.step(StepInput(bench.turn(0).captured, MethodSettings("none", step_size=1e4), True))
+        bench.step(StepInput(bench.turn(0).captured, absolute("none", step_size=1e4), True))
     assert bench.unchanged_since(snapshot)
 
 

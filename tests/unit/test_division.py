@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import absolute
 from torch import Tensor
 
 from stableedit_pl.devices import ranks
 from stableedit_pl.devices.division import SPEEDS, Division, divided, operations, solve_together
 from stableedit_pl.method.planning import draft_turn
 from stableedit_pl.method.problem import Problem, solve_all
+from stableedit_pl.method.scales import Scale
 from stableedit_pl.method.settings import MethodSettings
 from stableedit_pl.method.statistics import LNStatistics, Rows
 
@@ -44,7 +46,7 @@ def problems(scope: str = "site", settings: MethodSettings | None = None) -> lis
         return solve_all(turn)
 
     statistics = LNStatistics.empty(SITES, scope)  # type: ignore[arg-type]
-    draft_turn(rows_of_a_turn(), statistics, settings or MethodSettings(step_size=0.1), solve=keep)
+    draft_turn(rows_of_a_turn(), statistics, settings or absolute(step_size=0.1), solve=keep)
     return given
 
 
@@ -102,7 +104,7 @@ def on_every_rank(monkeypatch: pytest.MonkeyPatch, count: int, turn: list[Proble
 def test_every_rank_gets_the_bytes_that_one_process_computes(
     monkeypatch: pytest.MonkeyPatch, scope: str, normalization: str, count: int
 ) -> None:
-    turn = problems(scope, MethodSettings(normalization, step_size=0.1))  # type: ignore[arg-type]
+    turn = problems(scope, absolute(normalization, step_size=0.1))  # type: ignore[arg-type]
     expected = solve_all(turn)
     wire, everywhere = on_every_rank(monkeypatch, count, turn)
     assert sorted(name for _, name in wire.solved) == ["a", "b", "c", "d"], "each site is solved once"
@@ -141,8 +143,8 @@ def wide(d_out: int, count: int, n: int = 300, d_in: int = 64) -> list[Problem]:
     sites = [Shape(f"s{i}", d_in, d_out) for i in range(count)]
     given = {s.name: Rows(torch.ones(n, d_in), torch.ones(n, d_out)) for s in sites}
     statistics = LNStatistics.empty(sites, "site").updated(given)
-    settings = MethodSettings()
-    return [Problem({s.name: given[s.name]}, statistics.keys[s.name], statistics.gradients[s.name], settings) for s in sites]  # fmt: skip  # noqa: E501
+    settings = absolute()
+    return [Problem({s.name: given[s.name]}, statistics.keys[s.name], statistics.gradients[s.name], settings, Scale(1e-6, 10.0)) for s in sites]  # fmt: skip  # noqa: E501
 
 
 def test_work_is_divided_evenly_and_the_largest_goes_first() -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import reference as ref
 import torch
-from tiny import relative_difference
+from tiny import absolute, relative_difference
 from torch import nn
 
 from stableedit_pl.errors import SettingError
@@ -44,7 +44,7 @@ def snapshot(statistics: LNStatistics) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("prior", [1.0, 0.0])
 def test_several_turns_match_the_reference(scope: str, normalization: str, prior: float) -> None:
     """One row, fewer rows than dimensions, more rows than dimensions; sites that share moments."""
-    settings = MethodSettings(normalization, 0.1, 2.0, prior)  # type: ignore[arg-type]
+    settings = absolute(normalization, 0.1, 2.0, prior)  # type: ignore[arg-type]
     statistics = LNStatistics.empty(SITES, scope)  # type: ignore[arg-type]
     modules: dict[str, nn.Module] = {site.name: nn.Linear(site.d_in, site.d_out) for site in SITES}
     oracle = ref.scoped_statistics(modules, scope)  # type: ignore[arg-type]
@@ -70,7 +70,7 @@ def test_several_turns_match_the_reference(scope: str, normalization: str, prior
 
 def test_the_moments_include_the_turn_that_they_normalize() -> None:
     rows, empty = turn(4, 0), LNStatistics.empty(SITES, "site")
-    plan = plan_turn(rows, empty, MethodSettings())
+    plan = plan_turn(rows, empty, absolute())
     assert plan.statistics.gradients["a"].count == 4
     assert plan.solvers == {"a": "eigh", "b": "eigh", "c": "eigh"}
 
@@ -78,15 +78,15 @@ def test_the_moments_include_the_turn_that_they_normalize() -> None:
 def test_planning_writes_nothing() -> None:
     rows, before = turn(4, 0), LNStatistics.empty(SITES, "site").updated(turn(9, 1))
     kept, keys = snapshot(before), rows["a"].keys.clone()
-    plan_turn(rows, before, MethodSettings())
+    plan_turn(rows, before, absolute())
     assert all(torch.equal(kept[name], tensor) for name, tensor in before.tensors().items())
     assert torch.equal(rows["a"].keys, keys)
 
 
 def test_a_statistics_only_turn_feeds_the_moments_and_nothing_else() -> None:
     rows = turn(4, 0)
-    plan = plan_turn(rows, LNStatistics.empty(SITES, "site"), MethodSettings(), update_weights=False)
-    full = plan_turn(rows, LNStatistics.empty(SITES, "site"), MethodSettings())
+    plan = plan_turn(rows, LNStatistics.empty(SITES, "site"), absolute(), update_weights=False)
+    full = plan_turn(rows, LNStatistics.empty(SITES, "site"), absolute())
     assert plan.updates == {} and plan.solvers == {} and plan.norms == {}
     assert all(torch.equal(t, full.statistics.tensors()[n]) for n, t in plan.statistics.tensors().items())
 
@@ -98,18 +98,18 @@ def test_rows_that_are_not_finite_are_refused_naming_the_site(value: float, part
     rows = turn(4, 0)
     getattr(rows["b"], part)[2, 1] = value
     with pytest.raises(BadTurn, match="site b are not finite"):
-        plan_turn(rows, LNStatistics.empty(SITES, "site"), MethodSettings(), update_weights)
+        plan_turn(rows, LNStatistics.empty(SITES, "site"), absolute(), update_weights)
 
 
 def test_moments_that_overflow_are_refused() -> None:
     rows = turn(4, 0, scale=1e30)
     with pytest.raises(BadTurn, match="statistics would not be finite"):
-        plan_turn(rows, LNStatistics.empty(SITES, "site"), MethodSettings())
+        plan_turn(rows, LNStatistics.empty(SITES, "site"), absolute())
 
 
 def test_an_update_that_overflows_is_refused_with_a_way_out() -> None:
     with pytest.raises(BadTurn, match=r"update of a, b, c is not finite; a smaller step_size or a larger ridge"):
-        plan_turn(turn(4, 0), LNStatistics.empty(SITES, "site"), MethodSettings(step_size=1e39))
+        plan_turn(turn(4, 0), LNStatistics.empty(SITES, "site"), absolute(step_size=1e39))
 
 
 def zero_turn() -> dict[str, Rows]:
@@ -118,7 +118,7 @@ def zero_turn() -> dict[str, Rows]:
 
 @pytest.mark.parametrize("normalization", ["whiten", "standardize", "none"])
 def test_a_zero_update_is_refused_unless_the_edits_are_satisfied(normalization: str) -> None:
-    settings = MethodSettings(normalization)  # type: ignore[arg-type]
+    settings = absolute(normalization)  # type: ignore[arg-type]
     with pytest.raises(BadTurn, match="exactly zero at every site"):
         plan_turn(zero_turn(), LNStatistics.empty(SITES, "site"), settings)
     plan = plan_turn(zero_turn(), LNStatistics.empty(SITES, "site"), settings, satisfied=True)
@@ -127,13 +127,13 @@ def test_a_zero_update_is_refused_unless_the_edits_are_satisfied(normalization: 
 
 def test_one_site_without_an_update_is_no_error() -> None:
     rows = turn(4, 0) | {"a": zero_turn()["a"]}
-    plan = plan_turn(rows, LNStatistics.empty(SITES, "site"), MethodSettings())
+    plan = plan_turn(rows, LNStatistics.empty(SITES, "site"), absolute())
     assert plan.updates["a"].norm().item() == 0.0 and plan.updates["b"].norm().item() > 0
 
 
 def test_bad_turns_are_arithmetic_errors_and_plans_cannot_be_changed() -> None:
     assert issubclass(BadTurn, ArithmeticError)
-    plan = plan_turn(turn(4, 0), LNStatistics.empty(SITES, "site"), MethodSettings())
+    plan = plan_turn(turn(4, 0), LNStatistics.empty(SITES, "site"), absolute())
     with pytest.raises(AttributeError):
         plan.updates = {}  # type: ignore[misc]
     assert isinstance(plan, TurnPlan)
@@ -148,6 +148,11 @@ def test_bad_turns_are_arithmetic_errors_and_plans_cannot_be_changed() -> None:
         ("step_size", float("nan"), "step_size must be positive, got nan"),
         ("ridge", 0, "ridge must be positive, got 0"),
         ("ridge", -1.0, "ridge must be positive, got -1.0"),
+        ("relative_step", 0.0, "relative_step must be positive, got 0.0"),
+        ("relative_ridge", float("inf"), "relative_ridge must be positive, got inf"),
+        ("passes", 0, "passes must be at least 1, got 0"),
+        ("enough_margin", 0.0, "enough_margin must be above 0 and at most 1, got 0.0"),
+        ("enough_margin", 1.5, "enough_margin must be above 0 and at most 1, got 1.5"),
         ("prior_strength", -0.5, "prior_strength must be zero or positive, got -0.5"),
         ("eigenvalue_floor", -1e-9, "eigenvalue_floor must be zero or positive, got -1e-09"),
         ("eigenvalue_floor", float("nan"), "eigenvalue_floor must be zero or positive, got nan"),
@@ -159,8 +164,18 @@ def test_settings_out_of_range_are_refused(setting: str, value: object, message:
     assert str(raised.value) == message
 
 
+def test_two_forms_of_one_setting_are_refused() -> None:
+    with pytest.raises(SettingError, match=r"both step_size=0.1 and relative_step=0.3 are given, two forms of one"):
+        MethodSettings(step_size=0.1, relative_step=0.3)
+    with pytest.raises(SettingError, match=r"both ridge=2 and relative_ridge=0.1 are given.*set one of them to null"):
+        MethodSettings(ridge=2, relative_ridge=0.1)
+    mixed = MethodSettings(ridge=2.0)
+    assert mixed.relative_step == 0.1 and mixed.relative_ridge is None and mixed.relative
+
+
 def test_the_defaults_are_the_designs() -> None:
-    assert MethodSettings() == MethodSettings("whiten", 1e-6, 10.0, 1.0, 0.0)
+    relative = {"relative_step": 0.1, "relative_ridge": 0.01}
+    assert MethodSettings() == MethodSettings("whiten", None, None, 1.0, 0.0, "auto", **relative, passes=1)
     assert MethodSettings(prior_strength=0, eigenvalue_floor=0)
 
 
@@ -168,7 +183,7 @@ def test_a_system_that_cannot_be_solved_is_a_bad_turn() -> None:
     """Finite keys whose Gram matrix overflows float32: bad numbers of a turn like any other, or solved in float64."""
     rows = {"a": Rows(torch.full((3, 6), 1e19), turn(3, 0)["a"].gradients)}
     try:
-        plan_turn(rows, LNStatistics.empty(SITES[:1], "site"), MethodSettings("none"))
+        plan_turn(rows, LNStatistics.empty(SITES[:1], "site"), absolute("none"))
     except BadTurn:
         return
 
@@ -193,10 +208,11 @@ def test_the_solver_is_no_part_of_what_a_method_is() -> None:
     assert MethodSettings(whitening_solver="eigh").identity() == MethodSettings().identity()
     assert MethodSettings(ridge=2.0).identity() != MethodSettings().identity()
     names = ("normalization", "step_size", "ridge", "prior_strength", "eigenvalue_floor")
+    names += ("relative_step", "relative_ridge", "passes", "enough_margin")
     assert tuple(MethodSettings().identity()) == names
 
 
 def test_a_plan_tells_its_norms() -> None:
-    plan = plan_turn(turn(4, 0), LNStatistics.empty(SITES, "site"), MethodSettings(step_size=0.1))
+    plan = plan_turn(turn(4, 0), LNStatistics.empty(SITES, "site"), absolute(step_size=0.1))
     assert plan.norms == {name: pytest.approx(update.norm().item()) for name, update in plan.updates.items()}
     assert all(norm > 0 for norm in plan.norms.values())

@@ -46,7 +46,7 @@ def written(folder: Path, *, loggers: Any = (), rank_zero: bool = True, scoring:
         global_step=6,
         loggers=list(loggers),
     )
-    write_results(trainer, model, stream, RESULTS, {"retained": "after the last turn"})  # type: ignore[arg-type]
+    write_results(trainer, model, stream, RESULTS, {"retained": "after the last turn"}, None)  # type: ignore[arg-type]
     file = folder / "results.json"
     return read_results(file) if file.exists() else {}
 

@@ -7,7 +7,16 @@ import pytest
 import torch
 from allocations import largest_bytes
 from gloo_ranks import in_ranks
-from tiny import edit_rows, relative_difference, save_model, tiny_gpt2, tiny_llama, word_tokenizer, write_stream
+from tiny import (
+    absolute,
+    edit_rows,
+    relative_difference,
+    save_model,
+    tiny_gpt2,
+    tiny_llama,
+    word_tokenizer,
+    write_stream,
+)
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModelForCausalLM, MixtralConfig, Phi3Config, Qwen3Config
@@ -19,7 +28,6 @@ from stableedit_pl.devices.lockstep import gathered_for_forward, in_step
 from stableedit_pl.devices.sharding import ShardingError, _blocks, _tensor_parallel_styles, shard_model
 from stableedit_pl.devices.weight_shards import local
 from stableedit_pl.method import workspace
-from stableedit_pl.method.planning import MethodSettings
 from stableedit_pl.method.statistics import LNStatistics
 from stableedit_pl.model.capture import capture
 from stableedit_pl.model.closed_form import ClosedFormEdit, EditorState, StepInput
@@ -141,7 +149,7 @@ def turn_of(mesh: DeviceMesh, stream: str) -> None:
 
     def capture() -> None:
         rows, _ = capture_together(PartialForward(model), sites, encodings, ((0, 1), (2, 3), (4, 5)), 0, "token_sum")
-        given.append(StepInput(rows, MethodSettings(step_size=1e-2, ridge=1.0), True))
+        given.append(StepInput(rows, absolute(step_size=1e-2, ridge=1.0), True))
 
     taken = largest_bytes(capture)
     if gathered_for_forward(model):

@@ -70,15 +70,19 @@ def test_rows_of_a_placed_model_meet_and_go_back_to_their_sites(monkeypatch: pyt
         own = list(shares[rank].members)
         rows = {name: Rows(turn[name].keys[own], turn[name].gradients[own]) for name in "ab"}
         rows["b"] = Rows(rows["b"].keys.as_subclass(Elsewhere), rows["b"].gradients.as_subclass(Elsewhere))
-        return Captured(rows, torch.tensor([own, own], dtype=torch.float32))
+        squares = {name: torch.tensor([[10.0 * i] for i in own]) for name in "ab"}
+        squares["b"] = squares["b"].as_subclass(Elsewhere)
+        margins = torch.tensor([[i / 10] for i in own])
+        return Captured(rows, torch.tensor([own, own], dtype=torch.float32), squares=squares, margins=margins)
 
     def gather_rows(own: torch.Tensor, counts: list[int]) -> torch.Tensor:
         assert own.device == torch.device("cpu") and counts == [2, 2]
         if own.shape[1] == 2:  # what was measured
             return torch.cat([captured(rank).measured.T for rank in range(2)])
-        every = [captured(rank).rows for rank in range(2)]
-        parts = [torch.cat([r["a"].keys, r["a"].gradients, *(x.as_subclass(torch.Tensor) for x in
-                 (r["b"].keys, r["b"].gradients))], dim=1) for r in every]  # fmt: skip
+        every = [captured(rank) for rank in range(2)]
+        parts = [torch.cat([x.as_subclass(torch.Tensor) for name in "ab" for x in
+                 (c.rows[name].keys, c.rows[name].gradients, c.squares[name])] + [c.margins], dim=1)
+                 for c in every if c.margins is not None]  # fmt: skip
         assert torch.equal(own, parts[1])
         return torch.cat(parts)
 
@@ -93,7 +97,11 @@ def test_rows_of_a_placed_model_meet_and_go_back_to_their_sites(monkeypatch: pyt
         assert str(found.rows[name].keys.device) == str(found.rows[name].gradients.device) == device
         assert torch.equal(found.rows[name].keys.as_subclass(torch.Tensor), turn[name].keys)
         assert torch.equal(found.rows[name].gradients.as_subclass(torch.Tensor), turn[name].gradients)
-    assert moves == ["cpu > cpu"] * 2 + ["cuda:1 > cpu"] * 2 + ["cpu > cpu"] * 2 + ["cpu > cuda:1"] * 2
+        assert str(found.squares[name].device) == device
+        assert found.squares[name].as_subclass(torch.Tensor)[:, 0].tolist() == [0.0, 10.0, 20.0, 30.0]
+    assert found.margins is not None and found.margins[:, 0].tolist() == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    there = ["cpu > cpu"] * 3 + ["cuda:1 > cpu"] * 3 + ["cpu > cpu"]
+    assert moves[:7] == there and sorted(moves[7:]) == ["cpu > cpu"] * 4 + ["cpu > cuda:1"] * 3
     assert found.measured[0].tolist() == [0, 1, 2, 3]
 
 

@@ -6,11 +6,10 @@ from typing import Any
 import pytest
 import reference as ref
 import torch
-from tiny import relative_difference
+from tiny import absolute, relative_difference
 from torch import Tensor, nn
 
 from stableedit_pl.method.planning import plan_turn
-from stableedit_pl.method.settings import MethodSettings
 from stableedit_pl.method.statistics import LNStatistics, Rows, Shaped
 
 D_IN, D_OUT, TURNS = 64, 40, 50
@@ -44,7 +43,7 @@ def stream(turns: int = TURNS) -> Iterator[dict[str, Rows]]:
 
 def accumulated(solver: Any, scope: Any, prior: float, turns: int = TURNS) -> dict[str, Tensor]:
     """Sum of all updates, float64 ``[d_in, d_out]``."""
-    settings = MethodSettings(step_size=1e-2, prior_strength=prior, whitening_solver=solver)
+    settings = absolute(step_size=1e-2, prior_strength=prior, whitening_solver=solver)
     statistics = LNStatistics.empty(SITES, scope)
     total = {site.name: torch.zeros(D_IN, D_OUT, dtype=torch.float64) for site in SITES}
     for rows in stream(turns):
@@ -95,7 +94,7 @@ def test_sites_that_share_moments_are_whitened_as_each_alone() -> None:
     """Stacked for one factorization, and taken apart again."""
     rows = next(stream())
     shared = LNStatistics.empty(SITES, "shape").updated(rows)
-    settings = MethodSettings(step_size=1e-2, whitening_solver="quadrature")
+    settings = absolute(step_size=1e-2, whitening_solver="quadrature")
     both = plan_turn(rows, shared, settings)
     swapped = plan_turn({name: rows[name] for name in reversed(rows)}, shared, settings)
     assert list(both.updates) == ["a", "b"] and list(swapped.updates) == ["b", "a"]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import absolute
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
@@ -67,11 +68,11 @@ def some_rows(sites: list[Site], device: str = "cpu") -> dict[str, Rows]:
 MEASURED = torch.tensor([[1.0], [0.0]])
 
 METHODS = [
-    MethodSettings("whiten", whitening_solver="quadrature"),
-    MethodSettings("whiten", whitening_solver="eigh", eigenvalue_floor=1e-3),
-    MethodSettings("whiten", prior_strength=0.0),
-    MethodSettings("standardize"),
-    MethodSettings("none"),
+    absolute("whiten", whitening_solver="quadrature"),
+    absolute("whiten", whitening_solver="eigh", eigenvalue_floor=1e-3),
+    absolute("whiten", prior_strength=0.0),
+    absolute("standardize"),
+    absolute("none"),
 ]
 
 
@@ -86,9 +87,7 @@ def test_a_step_reads_its_numbers_once(
     for site in sites:
         site.use_master("cpu")
     given = [
-        StepInput(
-            Captured(some_rows(sites), torch.tensor([[1.0], [0.0]])), MethodSettings("none", step_size=1e-3), True
-        ),
+        StepInput(Captured(some_rows(sites), torch.tensor([[1.0], [0.0]])), absolute("none", step_size=1e-3), True),
         StepInput(Captured(some_rows(sites), MEASURED), settings, update_weights),
     ]
     optimizer = ClosedFormEdit(sites, EditorState(LNStatistics.empty(sites, scope)), lambda: given.pop(0))
@@ -127,7 +126,7 @@ def test_sites_on_several_devices_are_queued_before_the_host_begins() -> None:
     """Accelerators (here ``meta``, where a look at a number fails) get their work first; the host's is the same."""
     sites = some_sites()
     rows = some_rows(sites)
-    expected = draft_turn(rows, LNStatistics.empty(sites, "site"), MethodSettings())
+    expected = draft_turn(rows, LNStatistics.empty(sites, "site"), absolute())
     placed = LNStatistics.empty(sites, "site", {"b": torch.device("meta")})
     order: list[str] = []
 
@@ -135,7 +134,7 @@ def test_sites_on_several_devices_are_queued_before_the_host_begins() -> None:
         order.extend(name for problem in problems for name in problem.rows)
         return solve_all(problems)
 
-    draft = draft_turn(rows, placed, MethodSettings(), solve=solve)
+    draft = draft_turn(rows, placed, absolute(), solve=solve)
     assert order == ["b", "a", "c"] and list(draft.updates) == ["a", "b", "c"] == list(draft.norms)
     assert draft.norms["b"].device.type == "meta" and draft.updates["b"].right.device.type == "meta"
     for name in ("a", "c"):
@@ -178,10 +177,10 @@ def test_the_most_important_fault_is_told() -> None:
     sites = some_sites()
     rows = some_rows(sites)
     rows["b"].keys[0, 0] = float("nan")
-    wrong, plan, _ = draft_turn(rows, LNStatistics.empty(sites, "site"), MethodSettings()).read()
+    wrong, plan, _ = draft_turn(rows, LNStatistics.empty(sites, "site"), absolute()).read()
     assert wrong[0] == "keys or value gradients of site b are not finite"
     assert wrong[1] == "the LN statistics would not be finite after this turn"
     assert any("ridge system is not positive definite" in message for message in wrong[2:])
     assert set(plan.norms) == {"a", "b", "c"}
     with pytest.raises(BadTurn, match="site b are not finite"):
-        planning.plan_turn(rows, LNStatistics.empty(sites, "site"), MethodSettings())
+        planning.plan_turn(rows, LNStatistics.empty(sites, "site"), absolute())
