@@ -6,6 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 
 from stableedit_pl.run.files.opening import Opening
+from stableedit_pl.run.logger_history import LoggerHistories
 
 
 class RunOpening(Callback):
@@ -13,13 +14,23 @@ class RunOpening(Callback):
 
     Lightning asks every logger for its experiment (an event file, a page on a server) before it reads anything.
     ``EditTrainer`` hides them until then, and this callback, which comes first, hands them back: they begin with their
-    first point.
+    first point. In a resumed run they go on behind what they had written up to the checkpoint.
     """
 
     def __init__(self) -> None:
         """No settings; ``EditTrainer`` sets what follows before each fit."""
         self.opening: Opening | None = None  # of rank zero alone
         self.loggers: list[Logger] | None = None
+        self._histories: LoggerHistories | None = None  # likewise
+        self._then: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the loggers have come; what they hold in memory is written."""
+        return {} if self._histories is None else self._histories.state()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over how far they had come."""
+        self._then = state_dict
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Hand the loggers back: callbacks look whether there are any."""
@@ -27,9 +38,16 @@ class RunOpening(Callback):
             trainer.loggers, self.loggers = self.loggers, None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """All is read and checked."""
+        """All is read and checked.
+
+        Raises:
+            SettingError: if a logger would lose what it has written, and cannot be helped.
+        """
         if self.opening is not None:
             self.opening.begin()
+            self._histories = LoggerHistories(trainer.loggers)
+            if trainer.ckpt_path is not None:
+                self._histories.resume(self._then, trainer.global_step)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """The run is under way."""

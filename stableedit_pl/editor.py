@@ -216,6 +216,7 @@ class LifelongEditor(ScoredModel):
             self.bad_turns,
             self.max_update_norm,
             partial(solve_together, divide=self.divide_algebra),
+            lr=float(self.settings.step_size or self.settings.relative_step or 0.0),
         )
 
     def training_step(self, turn: Turn, batch_idx: int) -> Tensor:

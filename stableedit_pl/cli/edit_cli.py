@@ -13,7 +13,7 @@ from stableedit_pl.cli.screen import command, quiet, say
 from stableedit_pl.data.stream import EditStream
 from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.model.scoring import KINDS
-from stableedit_pl.run.files.directory import RunDirectory
+from stableedit_pl.run.files.directory import RunDirectory, remove_empty, write_atomically
 from stableedit_pl.run.results import edits_per_second, read_results, results_table, scores_table
 from stableedit_pl.trainer import EditTrainer
 
@@ -125,16 +125,20 @@ class EditCLI(LightningCLI):
 
     after_test = after_validate
 
-    def predict(self, **kwargs: Any) -> None:
-        """Generate answers and write them to ``predictions.jsonl`` in the run directory."""
-        pieces = self.trainer.predict(**{**kwargs, "return_predictions": True}) or []
-        if not self.trainer.is_global_zero:
-            return
-        run = self.trainer.run_directory
-        run.path.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(answer, ensure_ascii=False) for piece in pieces for answer in piece]
-        run.predictions.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        say(f"Wrote {len(lines)} answers to {run.predictions}")
+    def predict(self, ckpt_path: str | None = None, **kwargs: Any) -> None:
+        """Generate answers and write them to the run directory, in a file named for whose they are."""
+        run, zero = self.trainer.run_directory, self.trainer.is_global_zero
+        made = run.make() if zero else []
+        try:
+            pieces = self.trainer.predict(**{**kwargs, "ckpt_path": ckpt_path, "return_predictions": True}) or []
+            if not zero:
+                return
+            lines = [json.dumps(answer, ensure_ascii=False) for piece in pieces for answer in piece]
+            file = run.predictions_of(ckpt_path)
+            write_atomically(file, "".join(line + "\n" for line in lines))
+        finally:
+            remove_empty(made)
+        say(f"Wrote {len(lines)} answers of the {'base' if ckpt_path is None else 'edited'} model to {file}")
 
 
 def run_edit_cli(verb: str | None, args: Sequence[str] | None) -> None:

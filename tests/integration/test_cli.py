@@ -64,6 +64,10 @@ def test_fit_then_score_then_predict_then_export(
     answers = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     assert [answer["id"] for answer in answers] == [line["id"] for line in ledger(run)]
 
+    edited = (run / "predictions.jsonl").read_bytes()
+    main(["predict", *base, *where])
+    assert (run / "predictions.jsonl").read_bytes() == edited != (run / "predictions-base.jsonl").read_bytes()
+
     main(["export", f"--run={run}", f"--out={out}"])
     tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
     weight = model.get_submodule(LLAMA_SITE).weight

@@ -72,6 +72,18 @@ def test_everything_lies_directly_in_the_directory(tmp_path: Path) -> None:
     assert not run.path.exists()  # asking for names makes nothing
 
 
+def test_answers_are_named_for_whose_they_are(tmp_path: Path) -> None:
+    """Asking the base model does not overwrite what the edited one said."""
+    run = started(tmp_path)
+    asked: list[str | Path | None] = ["last", run.last_checkpoint, run.checkpoints / "turn=5.ckpt", None]
+    names = [run.predictions_of(ckpt_path).name for ckpt_path in asked]
+    assert names == ["predictions.jsonl"] * 2 + ["predictions-turn=5.jsonl", "predictions-base.jsonl"]
+    for name in names:
+        (tmp_path / name).write_text("old")
+    run.clear()
+    assert not list(tmp_path.glob("predictions*"))
+
+
 def test_a_tilde_is_the_home_directory(monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert RunDirectory("~/runs/a").path == tmp_path / "runs" / "a"

@@ -38,6 +38,17 @@ class RunDirectory:
         self.predictions = self.path / "predictions.jsonl"
         self.lock = self.path / ".lock"
 
+    def predictions_of(self, ckpt_path: str | Path | None) -> Path:
+        """Where the answers of a checkpoint go: none overwrites those of another, or of the base model.
+
+        Args:
+            ckpt_path: as in :meth:`checkpoint`; None is the base model.
+        """
+        if ckpt_path is None:
+            return self.path / "predictions-base.jsonl"
+        stem = Path(ckpt_path).stem
+        return self.predictions if stem == LAST else self.path / f"predictions-{stem}.jsonl"
+
     def holds_run(self) -> bool:
         """Whether a run has applied edits here; one that failed before its first turn leaves nothing worth keeping."""
         return self.last_checkpoint.exists() or (self.ledger.exists() and self.ledger.stat().st_size > 0)
@@ -155,6 +166,7 @@ class RunDirectory:
         own = [self.config, self.statistics, self.ledger, self.rejected, self.results, self.predictions]
         own.append(self.path / "hparams.yaml")
         own += [file for file in self.path.glob("config-*.yaml") if re.fullmatch(r"config-\d+", file.stem)]
+        own += [self.path / "predictions-base.jsonl", *self.path.glob("predictions-turn=*.jsonl")]
         own += self.path.glob("events.out.tfevents.*")
         own += [self.last_checkpoint, *self.checkpoints.glob("turn=*.ckpt"), *self.checkpoints.glob(".*.ckpt.tmp")]
         return [file for file in own if file.exists()]
