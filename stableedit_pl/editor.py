@@ -19,7 +19,7 @@ from stableedit_pl.data.turns import Turn
 from stableedit_pl.devices import ranks
 from stableedit_pl.devices.division import DivideAlgebra, solve_together
 from stableedit_pl.devices.shares import Share, gather_edits
-from stableedit_pl.errors import SettingError, refuse_differences, require_choice
+from stableedit_pl.errors import GO_ON, SettingError, refuse_differences, require_choice
 from stableedit_pl.method.normalization import Normalization, WhiteningSolver
 from stableedit_pl.method.scales import Scale
 from stableedit_pl.method.settings import BEFORE_PASSES, MethodSettings
@@ -39,6 +39,15 @@ from stableedit_pl.run.report import TurnReport
 from stableedit_pl.run.scored_model import ScoredModel
 
 MasterDtype = Literal["float32", "model"]
+
+_FORK = (
+    "A fork has its run's base model, sites and statistics_scope: set them as they were, or leave out --fork_from to "
+    "start from the base model."
+)
+_ASK = (
+    "Set them as they were: --config RUN_DIR/config.yaml has all of a run's settings. Without --ckpt_path the base "
+    "model is asked."
+)
 
 
 class LifelongEditor(ScoredModel):
@@ -188,9 +197,10 @@ class LifelongEditor(ScoredModel):
         """
         if self.start_from is not None:
             source = read_checkpoint(self.start_from)
-            shared = ("base_model", "sites", "statistics_scope")
             theirs, ours = stored_identity(source)["fingerprint"], self.fingerprint()
-            refuse_differences(str(self.start_from), {k: theirs[k] for k in shared}, {k: ours[k] for k in shared})
+            for shared in (("sites", "statistics_scope"), ("base_model",)):  # whose digest depends on the sites
+                old, new = ({name: given[name] for name in shared} for given in (theirs, ours))
+                refuse_differences(f"--fork_from {self.start_from}", old, new, _FORK)
             self.load_state_dict(source["state_dict"])
             self.forked_from = f"{self.start_from} ({stored_identity(source)['committed_turns']} turns)"
         self.place_state()
@@ -370,7 +380,10 @@ class LifelongEditor(ScoredModel):
         trainer = self._trainer  # none in load_from_checkpoint
         if trainer is not None and trainer.training:  # captures depend on it; scores may be taken in any
             theirs["precision"], ours["precision"] = stored["precision"], str(trainer.precision)
-        refuse_differences("the checkpoint", theirs, ours)
+        if theirs["sites"] != ours["sites"]:
+            theirs["base_model"] = ours["base_model"]  # its digest depends on the sites
+        asking = trainer is not None and not trainer.training
+        refuse_differences("the checkpoint", theirs, ours, _ASK if asking else GO_ON)
         self.state.committed_turns = stored["committed_turns"]
         self.state.rejected_turns = list(stored["rejected_turns"])
         self.state.update_norms = list(stored["update_norms"])

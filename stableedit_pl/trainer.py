@@ -29,7 +29,7 @@ from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.errors import SettingError
 from stableedit_pl.model.scoring import KINDS
 from stableedit_pl.run.files.checkpoint_io import AtomicCheckpointIO
-from stableedit_pl.run.files.directory import LAST, RunDirectory, RunDirectoryError
+from stableedit_pl.run.files.directory import ASK, FORK, LAST, RunDirectory, RunDirectoryError
 from stableedit_pl.run.files.opening import Opening
 from stableedit_pl.run.guards import check_trainer
 
@@ -231,7 +231,7 @@ class EditTrainer(Trainer):
 
     def _checkpoint(self, ckpt_path: str | Path | None) -> Path | None:
         """The file that ``ckpt_path`` means; rank 0 finds it, and tells the others once they have met."""
-        return self.run_directory.checkpoint(ckpt_path) if self.is_global_zero else None
+        return self.run_directory.checkpoint(ckpt_path, ASK) if self.is_global_zero else None
 
     @contextlib.contextmanager
     def _opening(self) -> Iterator[Opening | None]:
@@ -269,7 +269,7 @@ class EditTrainer(Trainer):
         run = RunDirectory(source) if source.is_dir() else self.run_directory
         if run.path.resolve() == self.run_directory.path.resolve() and source.is_dir():
             raise RunDirectoryError(f"--fork_from {source} is --run_dir itself: a fork needs a run_dir of its own")
-        file = run.checkpoint(LAST if source.is_dir() else source)
+        file = run.checkpoint(LAST if source.is_dir() else source, FORK)
         assert file is not None
         return file
 

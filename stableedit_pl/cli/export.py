@@ -6,7 +6,7 @@ from typing import Any
 
 from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.run.files.checkpoint_file import read_checkpoint
-from stableedit_pl.run.files.directory import LAST, RunDirectory, RunDirectoryError
+from stableedit_pl.run.files.directory import EXPORT, LAST, RunDirectory, RunDirectoryError
 from stableedit_pl.run.results import read_results, results_table
 
 
@@ -20,7 +20,7 @@ def load_run(run: str | Path, ckpt_path: str = LAST) -> LifelongEditor:
     Raises:
         RunDirectoryError: if there is no such checkpoint.
     """
-    file = RunDirectory(run).checkpoint(ckpt_path)
+    file = RunDirectory(run).checkpoint(ckpt_path, EXPORT)
     assert file is not None
     checkpoint = read_checkpoint(file)
     known = inspect.signature(LifelongEditor).parameters

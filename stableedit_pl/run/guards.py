@@ -45,8 +45,8 @@ def _rules(trainer: Any) -> list[tuple[bool, str]]:
         ),
         (
             bool(weights),
-            f"{weights} changes weights, or which of them train, behind the optimizer's back; leave it out, model.sites "
-            "says what is edited.",
+            f"{weights} changes weights, or which of them train, behind the optimizer's back; leave it out, "
+            "model.sites says what is edited.",
         ),
         (
             bool(turns),

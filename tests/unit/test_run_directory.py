@@ -216,8 +216,42 @@ def test_a_file_is_that_file(tmp_path: Path, kind: Any) -> None:
 @pytest.mark.parametrize("missing", ["checkpoints/turn=6.ckpt", "checkpoints", "best", "hpc"])
 def test_a_file_that_is_none_is_refused(tmp_path: Path, missing: str) -> None:
     run = started(tmp_path)
-    with pytest.raises(RunDirectoryError, match="there is no such file"):
+    with pytest.raises(RunDirectoryError) as raised:
         run.checkpoint(tmp_path / missing)
+    assert ("it is a directory" if missing == "checkpoints" else "there is no such file") in str(raised.value)
+    assert "has turn=5.ckpt" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("purpose", "said"),
+    [
+        (
+            run_directory.ASK,
+            "--ckpt_path last: {run} does not exist, so there is no edited model to ask. Check --run_dir",
+        ),
+        (run_directory.EXPORT, "--run {run}: does not exist, so there is nothing to export. Give the directory"),
+        (
+            run_directory.FORK,
+            "--fork_from {run}: does not exist, so there is nothing to start from. Give the directory",
+        ),
+    ],
+    ids=["ask", "export", "fork"],
+)
+def test_each_verb_speaks_of_what_it_was_asked(tmp_path: Path, purpose: Any, said: str) -> None:
+    run = RunDirectory(tmp_path / "run")
+    with pytest.raises(RunDirectoryError) as raised:
+        run.checkpoint("last", purpose)
+    assert str(raised.value).startswith(said.format(run=run.path))
+    run = started(tmp_path / "run")
+    for file in run.checkpoints.iterdir():
+        file.write_text("damaged")
+    with pytest.raises(RunDirectoryError, match="every checkpoint") as raised:
+        run.checkpoint("last", purpose)
+    assert "--overwrite" not in str(raised.value) and "resume" not in str(raised.value)
+    with pytest.raises(RunDirectoryError) as raised:
+        run.checkpoint(tmp_path / "none.ckpt", purpose)
+    option = "--fork_from" if purpose is run_directory.FORK else "--ckpt_path"
+    assert str(raised.value).startswith(f"{option} {tmp_path}/none.ckpt: there is no such file.")
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from stableedit_pl.run.files.integrity import damage
@@ -16,6 +17,41 @@ LAST = "last"
 
 class RunDirectoryError(ValueError):
     """A run directory that cannot be used as asked; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """What a checkpoint is wanted for, so that a message speaks of what was asked.
+
+    Attributes:
+        option: the option that names the checkpoint or its run; ``{path}`` stands for the run directory.
+        nothing: what cannot be done without one.
+        remedy: what to do then.
+    """
+
+    option: str
+    nothing: str
+    remedy: str
+
+
+RESUME = Purpose(
+    "--ckpt_path last",
+    "there is nothing to resume",
+    "Check --run_dir, or start the run again with --overwrite true and without --ckpt_path.",
+)
+ASK = Purpose(
+    "--ckpt_path last",
+    "there is no edited model to ask",
+    "Check --run_dir, or leave out --ckpt_path to ask the base model.",
+)
+EXPORT = Purpose(
+    "--run {path}", "there is nothing to export", "Give the directory of an edit run, what was its --run_dir."
+)
+FORK = Purpose(
+    "--fork_from {path}",
+    "there is nothing to start from",
+    "Give the directory of an edit run, or one of its checkpoints; leave out --fork_from to start from the base model.",
+)
 
 
 class RunDirectory:
@@ -53,11 +89,12 @@ class RunDirectory:
         """Whether a run has applied edits here; one that failed before its first turn leaves nothing worth keeping."""
         return self.last_checkpoint.exists() or (self.ledger.exists() and self.ledger.stat().st_size > 0)
 
-    def checkpoint(self, ckpt_path: str | Path | None) -> Path | None:
+    def checkpoint(self, ckpt_path: str | Path | None, purpose: Purpose = RESUME) -> Path | None:
         """The file that ``ckpt_path`` means.
 
         Args:
             ckpt_path: None, ``last``, or a file.
+            purpose: what it is wanted for.
 
         Raises:
             RunDirectoryError: if there is no such checkpoint, or none that is whole. Starting over silently would
@@ -66,30 +103,35 @@ class RunDirectory:
         if ckpt_path is None:
             return None
         if ckpt_path == LAST:
-            return self._newest_whole()
+            return self._newest_whole(purpose)
         file = Path(ckpt_path).expanduser()
+        said = f"--fork_from {ckpt_path}" if purpose is FORK else f"--ckpt_path {ckpt_path}"
         if not file.is_file():
-            raise RunDirectoryError(f"--ckpt_path {ckpt_path}: there is no such file")
+            what = "it is a directory, not a checkpoint file" if file.is_dir() else "there is no such file"
+            raise RunDirectoryError(f"{said}: {what}. {self._checkpoints_here()}".rstrip())
         problem = damage(file)
         if problem is not None:
-            raise RunDirectoryError(
-                f"--ckpt_path {ckpt_path} is damaged: {problem}. --ckpt_path last finds one that is not."
-            )
+            way = "Its directory" if purpose is FORK else "--ckpt_path last"
+            raise RunDirectoryError(f"{said} is damaged: {problem}. {way} finds one that is not.")
         return file
+
+    def _checkpoints_here(self) -> str:
+        here = [file.name for file in self.turn_checkpoints()]
+        return f"{self.checkpoints} has {', '.join(here)}." if here else ""
 
     def turn_checkpoints(self) -> list[Path]:
         """The files ``turn=<n>.ckpt``, newest first."""
         numbered = [file for file in self.checkpoints.glob("turn=*.ckpt") if file.stem[len("turn=") :].isdigit()]
         return sorted(numbered, key=lambda file: int(file.stem[len("turn=") :]), reverse=True)
 
-    def _newest_whole(self) -> Path:
+    def _newest_whole(self, purpose: Purpose) -> Path:
         """``last.ckpt``, or the newest checkpoint before it that is not damaged."""
+        option = purpose.option.format(path=self.path)
         candidates = [file for file in (self.last_checkpoint, *self.turn_checkpoints()) if file.is_file()]
         if not candidates:
-            raise RunDirectoryError(
-                f"--ckpt_path last: {self.path} has no checkpoint, so there is nothing to resume. "
-                "Check --run_dir, or start the run again with --overwrite true and without --ckpt_path."
-            )
+            what = "has no checkpoint" if self.path.exists() else "does not exist"
+            where = "" if str(self.path) in option else f"{self.path} "
+            raise RunDirectoryError(f"{option}: {where}{what}, so {purpose.nothing}. {purpose.remedy}")
         problems = []
         for file in candidates:
             problem = damage(file)
@@ -98,10 +140,10 @@ class RunDirectory:
             problems.append(f"{file.name}: {problem}")
             log.warning("%s is damaged: %s. Trying the one before it.", file, problem)
         raise RunDirectoryError(
-            f"--ckpt_path last: every checkpoint in {self.checkpoints} is damaged ("
+            f"{option}: every checkpoint in {self.checkpoints} is damaged ("
             + "; ".join(problems)
-            + "), and a run is not started over by itself. Put back a copy of one of them, or start the run again "
-            "with --overwrite true and without --ckpt_path."
+            + f"), so {purpose.nothing}. Put back a copy of one of them."
+            + (" " + purpose.remedy.replace("Check --run_dir, or start", "Or start") if purpose is RESUME else "")
         )
 
     def make(self) -> list[Path]:
