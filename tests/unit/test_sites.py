@@ -87,8 +87,8 @@ def test_a_backward_range_is_refused() -> None:
 @pytest.mark.parametrize(
     ("pattern", "said"),
     [
-        ("model.layers.{1..3}.mlp.down_proj", "which has layers 0..1. Near"),
-        ("model.layers.7.mlp.*_proj", "which has layers 0..1. Near"),
+        ("model.layers.{1..4}.mlp.down_proj", "which has layers 0..3. Near"),
+        ("model.layers.7.mlp.*_proj", "which has layers 0..3. Near"),
         ("model.layers.7.mlp.downproj", "of this model. Near"),
         ("model.layers.{0..1}.mlp.down.{2..3}", "of this model. Near"),
     ],
