@@ -55,7 +55,7 @@ class LifelongEditor(ScoredModel):
 
     Args:
         base_model: folder or hub id of a Hugging Face causal language model; ``demo`` for the shipped one.
-        sites: weights to edit: module names, globs, ``{a..b}`` ranges.
+        sites: weights to edit: module names, globs, ``{a..b}`` ranges; one, or a list of them.
         normalization: ``whiten`` (StableEdit), ``standardize`` (UltraEdit) or ``none`` (no lifelong normalization).
         relative_step: how much a pass adds to a site's outputs at the turn's edits, relative to these outputs; 0.1
             where step_size is not given. Becomes a step size once, and is recorded.
@@ -90,7 +90,7 @@ class LifelongEditor(ScoredModel):
     def __init__(
         self,
         base_model: str,
-        sites: list[str],
+        sites: list[str] | str,
         normalization: Normalization = "whiten",
         step_size: float | None = None,
         ridge: float | None = None,
@@ -117,6 +117,7 @@ class LifelongEditor(ScoredModel):
         Raises:
             ValueError: if a setting is out of range.
         """
+        sites = [sites] if isinstance(sites, str) else sites
         super().__init__(base_model, sites, model_dtype, scoring, specificity_reference, scoring_batch_size)
         self.save_hyperparameters()
         self.settings = MethodSettings(

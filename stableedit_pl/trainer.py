@@ -89,6 +89,13 @@ class EditTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         """See the class."""
+        if kwargs.get("barebones"):
+            raise SettingError(
+                "trainer.barebones would leave out checkpoints and curves, which are the run; for speed set "
+                "trainer.enable_progress_bar and trainer.logger to false, and EditEvaluation.every_n_turns to null"
+            )
+        if not str(run_dir):
+            raise SettingError("run_dir is empty: give the directory in which everything of the run shall lie")
         self.run_directory = RunDirectory(run_dir)
         self.overwrite = overwrite
         self.fork_from = fork_from

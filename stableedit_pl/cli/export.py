@@ -47,6 +47,8 @@ def export_run(run: str, out: str, ckpt_path: str = LAST, overwrite: bool = Fals
         RunDirectoryError: if there is no such run, or ``out`` holds something.
     """
     folder = Path(out).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise RunDirectoryError(f"--out {folder} is a file; choose a folder that is empty, or not there yet")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise RunDirectoryError(f"--out {folder} is not empty; choose another folder, or give --overwrite true")
     editor = load_run(run, ckpt_path)

@@ -82,6 +82,11 @@ class EditStream(LightningDataModule):
         for name, value in sizes.items():
             if value < 1:
                 raise SettingError(f"data.{name} must be at least 1, got {value}")
+        if num_workers < 0:
+            raise SettingError(f"data.num_workers must be zero or positive, got {num_workers}")
+        for name, file in (("path", path), ("warmup_path", warmup_path)):
+            if file is not None and not str(file):
+                raise SettingError(f"data.{name} is empty: give a file, or demo")
         self.path, self.dataset = path, dataset
         self.warmup_path = warmup_path
         self.turn_size = turn_size

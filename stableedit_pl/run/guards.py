@@ -81,6 +81,10 @@ def _rules(trainer: Any) -> list[tuple[bool, str]]:
             f"max_epochs={trainer.max_epochs}: a stream has no epochs; use max_epochs=1, with max_steps for a horizon.",
         ),
         (
+            trainer.max_steps == 0,
+            "max_steps=0 leaves no turn; it is the horizon in turns, -1 for the whole stream.",
+        ),
+        (
             trainer.min_epochs not in (None, 0, 1) or trainer.min_steps is not None,
             "min_epochs and min_steps have no meaning for a stream; leave them out.",
         ),

@@ -94,6 +94,7 @@ def test_what_a_stream_can_use_passes(changes: dict[str, Any], tmp_path: Path) -
         ({"max_epochs": -1}, "max_epochs=-1", "max_steps for a horizon"),
         ({"max_epochs": None, "max_steps": 5}, "max_epochs=None", "max_epochs=1"),
         ({"max_epochs": None}, "max_epochs=None", "max_epochs=1"),
+        ({"max_steps": 0}, "max_steps=0 leaves no turn", "-1 for the whole stream"),
         ({"min_steps": 5}, "min_epochs and min_steps have no meaning", "leave them out"),
         ({"min_epochs": 2, "max_epochs": 2}, "min_epochs and min_steps", "leave them out"),
     ],

@@ -44,6 +44,7 @@ TRANSFORMERS = {"model.loading", "model.asking", "model.sites"}
 TORCHMETRICS = {"model.scoring"}
 TORCH_FREE = {
     *("cli.command", "cli.front_page", "cli.screen", "cli.plain_verbs", "cli.edit_cli", "data.readers"),
+    *("cli.interrupts", "cli.named_callbacks", "cli.parse_errors", "cli.settings_files"),
     *("data.records", "data.record_encoding", "data.row_digest", "demo", "errors", "model.micro_batches"),
     *("devices.rank_watch", "run.report", "run.stop_signals", "run.slurm", "run.freed_memory", "run.curves"),
     *("run.guards", "run.scored_model", "run.files.directory", "run.files.integrity", "run.files.ledger"),

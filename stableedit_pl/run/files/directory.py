@@ -102,6 +102,8 @@ class RunDirectory:
         """
         if ckpt_path is None:
             return None
+        if not str(ckpt_path):
+            raise RunDirectoryError("--ckpt_path is empty: give last or a checkpoint file, or leave it out")
         if ckpt_path == LAST:
             return self._newest_whole(purpose)
         file = Path(ckpt_path).expanduser()
@@ -153,8 +155,13 @@ class RunDirectory:
             The directories that were made, outermost first; empty if all were there.
 
         Raises:
-            RunDirectoryError: if nothing can be written here.
+            RunDirectoryError: if nothing can be written here, or the name has a variable of the shell in it.
         """
+        if not self.path.exists() and os.path.expandvars(self.path) != str(self.path):
+            raise RunDirectoryError(
+                f"--run_dir {self.path} has a $ that no shell has replaced: write the directory itself, or "
+                "${oc.env:HOME} for $HOME."
+            )
         made: list[Path] = []
         try:
             missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
