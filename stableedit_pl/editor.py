@@ -120,6 +120,7 @@ class LifelongEditor(ScoredModel):
         sites = [sites] if isinstance(sites, str) else sites
         super().__init__(base_model, sites, model_dtype, scoring, specificity_reference, scoring_batch_size)
         self.save_hyperparameters()
+        self.hparams["sites"] = sites
         self.settings = MethodSettings(
             normalization,
             step_size,

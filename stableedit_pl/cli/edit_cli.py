@@ -113,15 +113,19 @@ class EditCLI(LightningCLI):
         args = sys.argv[1:] if args is None else args
         OneLineErrors.said = list(args)
         try:
-            self.config = parser.parse_args(args)
+            silent = [argument for argument in args if not argument.startswith("--print_config")]
+            self.config = parser.parse_args(silent)
             verb = self.config.get("subcommand")
-            if verb is None or verb in PLAIN_VERBS:
-                return
-            callbacks, said = settled(self.config[verb].get("trainer.callbacks"), self._callback_settings)
+            callbacks: list[dict[str, Any]] | None = None
+            said: list[str] = []
+            if verb is not None and verb not in PLAIN_VERBS:
+                callbacks, said = settled(self.config[verb].get("trainer.callbacks"), self._callback_settings)
             for sentence in said:
                 say(sentence, error=True)
             if callbacks is not None:
-                self.config = parser.parse_object({verb: {"trainer": {"callbacks": callbacks}}}, self.config)
+                args = [*args, f"--trainer.callbacks={json.dumps(callbacks, default=str)}"]
+            if callbacks is not None or len(silent) < len(args):
+                self.config = parser.parse_args(args)
         except OmegaConfBaseException as error:
             key = str(getattr(error, "full_key", None) or "a setting").removeprefix(f"{self._verb}.")
             reason = str(getattr(error, "msg", None) or error).splitlines()[0]

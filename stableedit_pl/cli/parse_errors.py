@@ -125,7 +125,8 @@ def _no_verb(parser: ArgumentParser, arguments: Sequence[str], found: re.Match[s
 
 
 def _verb_missing(parser: ArgumentParser, arguments: Sequence[str], found: re.Match[str]) -> str:
-    return f"no verb: choose from {', '.join(found[1].split(','))}; stableedit --help says what they do"
+    verbs = getattr(parser._subcommands_action, "choices", None) or found[1].split(",")
+    return f"no verb: choose from {', '.join(verbs)}; stableedit --help says what they do"
 
 
 def _required(parser: ArgumentParser, arguments: Sequence[str], found: re.Match[str]) -> str:
@@ -159,7 +160,9 @@ def _wrong_value(parser: ArgumentParser, arguments: Sequence[str], found: re.Mat
     values = re.findall(r"(?:Got|Given) value: (.*)", body)
     value = values[-1].strip() if values else None
     action = next((action for action in parser._actions if action.dest == key), None)
-    return f"{_where(arguments, key)}{key} is {_shown(value)}, but must be {_expected(body, action, value)}"
+    return (
+        f"{_where(arguments, key, value or '')}{key} is {_shown(value)}, but must be {_expected(body, action, value)}"
+    )
 
 
 def _expected(body: str, action: Action | None, value: str | None) -> str:
