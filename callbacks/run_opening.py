@@ -36,6 +36,9 @@ class RunOpening(Callback):
         """Hand the loggers back: callbacks look whether there are any."""
         if self.loggers is not None:
             trainer.loggers, self.loggers = self.loggers, None
+        self._histories = None if self.opening is None else LoggerHistories(trainer.loggers)
+        if self._histories is not None and trainer.ckpt_path is not None:
+            self._histories.protect()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All is read and checked.
@@ -45,9 +48,13 @@ class RunOpening(Callback):
         """
         if self.opening is not None:
             self.opening.begin()
-            self._histories = LoggerHistories(trainer.loggers)
-            if trainer.ckpt_path is not None:
+            if self._histories is not None and trainer.ckpt_path is not None:
                 self._histories.resume(self._then, trainer.global_step)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """A refused start leaves nothing beside the loggers' files."""
+        if self._histories is not None:
+            self._histories.forget()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """The run is under way."""

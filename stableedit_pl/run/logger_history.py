@@ -34,6 +34,7 @@ class LoggerHistories:
         """See the class."""
         self._loggers = list(loggers)
         self._counts: dict[str, _Rows] = {}
+        self._protected: list[Path] = []
 
     def state(self) -> dict[str, dict[str, Any]]:
         """All loggers' histories as plain values; what a CSVLogger still holds in memory is written before."""
@@ -46,6 +47,22 @@ class LoggerHistories:
                 rows = self._counts.setdefault(name, _Rows(Path(logger.experiment.metrics_file_path)))
                 found[name]["rows"] = rows.count()
         return found
+
+    def protect(self) -> None:
+        """Before anything may log: keep the files that a CSVLogger deletes when it begins, under another name."""
+        for logger in self._loggers:
+            if isinstance(logger, CSVLogger) and logger._version is not None and logger._experiment is None:
+                file = Path(logger.log_dir) / "metrics.csv"
+                if file.is_file():
+                    _kept(file).unlink(missing_ok=True)
+                    os.link(file, _kept(file))
+                    self._protected.append(_kept(file))
+
+    def forget(self) -> None:
+        """The start was refused: remove what :meth:`protect` has made."""
+        for kept in self._protected:
+            kept.unlink(missing_ok=True)
+        self._protected = []
 
     def resume(self, history: History, turn: int) -> None:
         """Have every logger go on where a checkpoint found it, before it begins.
@@ -91,10 +108,11 @@ def _resume_csv(logger: CSVLogger, rows: int | None, turn: int) -> None:
             "be kept on a disk of this machine: give it another save_dir, or resume without it"
         )
     file = Path(logger.log_dir) / "metrics.csv"
-    kept = file.with_name(f".{file.name}.kept")
+    kept = _kept(file)
     if logger._experiment is not None:
         logger.save()
-    source = file if file.is_file() else kept  # a process was killed between the two renames below
+    # Protected at this start, or left there by a process that was killed between the two renames below.
+    source = kept if kept.is_file() else file
     if not source.is_file():
         return
     header, lines = _rows_until(source, rows, turn)
@@ -109,6 +127,10 @@ def _resume_csv(logger: CSVLogger, rows: int | None, turn: int) -> None:
         experiment = logger.experiment  # deletes the file
     os.replace(kept, file)
     experiment.metrics_keys = list(header)
+
+
+def _kept(file: Path) -> Path:
+    return file.with_name(f".{file.name}.kept")
 
 
 def _rows_until(file: Path, rows: int | None, turn: int) -> tuple[list[str], list[dict[str, str]]]:

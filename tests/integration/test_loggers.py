@@ -16,6 +16,14 @@ def points(run: Path) -> list[dict[str, str]]:
     return [row for row in rows if len(row) > 1]
 
 
+def test_no_logger_begins_before_all_is_checked(tmp_path: Path, llama_folder: str, stream_file: str) -> None:
+    """One of a server would open a page for every refused start."""
+    for wrong in ({"path": "/nowhere.jsonl"}, {"path": stream_file, "warmup_path": stream_file}):
+        with pytest.raises(ValueError):
+            fit(tmp_path / "run", llama_folder, wrong, trainer={"logger": CSVLogger(tmp_path / "logs")})
+        assert not (tmp_path / "logs").exists() and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("model", [{}, {"step_size": None, "relative_step": 0.05}], ids=["absolute", "relative"])
 def test_csv_and_learning_rate_of_a_resumed_run_are_those_of_an_unbroken_one(
     tmp_path: Path, llama_folder: str, stream_file: str, model: dict

@@ -91,6 +91,30 @@ def test_a_kill_while_the_file_is_exchanged_loses_nothing(tmp_path: Path) -> Non
     assert len(rows(second)) == 3
 
 
+def test_a_logger_that_begins_too_early_loses_nothing(tmp_path: Path) -> None:
+    """Lightning's enable_autolog_hparams makes it, before the run does."""
+    first, history = logged(tmp_path, range(1, 8), name="", version="")
+    first.finalize("failed")
+    second = CSVLogger(tmp_path, "", "")
+    histories = LoggerHistories([second])
+    histories.protect()
+    second.log_hyperparams({"a": 1})
+    histories.resume(history, 3)
+    assert len(rows(second)) == 3
+    histories.protect()
+    histories.forget()
+    assert {file.name for file in tmp_path.iterdir()} == {"metrics.csv", "hparams.yaml"}
+
+
+def test_a_refused_start_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    first, _ = logged(tmp_path, range(1, 8), name="", version="")
+    first.finalize("failed")
+    histories = LoggerHistories([CSVLogger(tmp_path, "", "")])
+    histories.protect()
+    histories.forget()
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.csv"] and len(rows(first)) == 7
+
+
 def test_the_same_logger_may_go_on(tmp_path: Path) -> None:
     """A trainer made anew in Python with the logger that it had."""
     logger, history = logged(tmp_path, range(1, 8))

@@ -60,7 +60,7 @@ class Opening:
     def begin(self) -> None:
         """Everything is read and checked: the run that is replaced may go."""
         if self._replaces:
-            self._run.clear()
+            self._run.clear(but=set(self._run.own_files()) - self._before)
             self._before = set()
 
     def first_turn(self) -> None:
