@@ -4,6 +4,7 @@ from stableedit_pl.callbacks.device_placement import DevicePlacement
 from stableedit_pl.callbacks.edit_evaluation import EditEvaluation
 from stableedit_pl.callbacks.edit_ledger import EditLedger
 from stableedit_pl.callbacks.rank_agreement import RankAgreement
+from stableedit_pl.callbacks.run_advice import RunAdvice
 from stableedit_pl.callbacks.run_curves import RunCurves
 from stableedit_pl.callbacks.stability_monitor import StabilityMonitor
 from stableedit_pl.callbacks.statistics_checkpoint import StatisticsCheckpoint
@@ -16,6 +17,7 @@ __all__ = [
     "EditEvaluation",
     "EditLedger",
     "RankAgreement",
+    "RunAdvice",
     "RunCurves",
     "StabilityMonitor",
     "StatisticsCheckpoint",

@@ -11,6 +11,7 @@ from stableedit_pl.data.stream import EditStream
 from stableedit_pl.devices import ranks
 from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.errors import SettingError, require_choice
+from stableedit_pl.method.scales import plain_scales
 from stableedit_pl.model.asking import ScoringPrecision, ScoringRule
 from stableedit_pl.model.encoding import chunks
 from stableedit_pl.model.lower_outputs import LowerOutputs
@@ -83,6 +84,8 @@ class EditEvaluation(Callback):
             "last_scored": -1,
             "edit_seconds": 0.0,
             "evaluate_seconds": 0.0,
+            "passes": 0,
+            "editing_turns": 0,
         }
 
     # ---- state
@@ -125,6 +128,8 @@ class EditEvaluation(Callback):
         self._state["edit_seconds"] += report.edit_seconds
         self._state["evaluate_seconds"] += report.seconds["score"]
         if report.turn.phase == "edit" and report.at_edit is not None:
+            self._state["passes"] += len(report.step.passes)
+            self._state["editing_turns"] += 1
             self._state["at_edit_sum"] += sum(report.at_edit)
             self._state["at_edit_count"] += len(report.at_edit)
             self._state["known_before"] += sum(report.known_before)
@@ -182,6 +187,8 @@ class EditEvaluation(Callback):
                     "edits": stream.schedule.target_edits_before(trainer.global_step) - len(applied),
                 },
                 "known_before": self._state["known_before"],
+                "passes": self._state["passes"] / max(self._state["editing_turns"], 1),
+                "scales": plain_scales(editor.state.scales),
                 "base": base,
                 "at_edit": {"efficacy": at_edit},
                 "retained": retained,
@@ -193,6 +200,8 @@ class EditEvaluation(Callback):
                 "seconds": {"edit": self._state["edit_seconds"], "evaluate": self._state["evaluate_seconds"]},
             },
             measured={
+                "passes": "mean over editing turns of how often a turn looked at its edits",
+                "scales": "absolute settings that relative ones became; empty where there were none, or too few rows",
                 "base": "the same prompts as retained, with the original weights; by base_output, its specificity is "
                 "agreement with itself",
                 "at_edit": "each edit right after its own turn, mean over all target edits",

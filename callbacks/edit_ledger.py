@@ -5,6 +5,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from stableedit_pl.editor import LifelongEditor
+from stableedit_pl.method.scales import plain_scales
 from stableedit_pl.run.files.directory import RunDirectory
 from stableedit_pl.run.files.ledger import Ledger, Position
 from stableedit_pl.run.report import TurnReport
@@ -15,8 +16,10 @@ class EditLedger(Callback):
 
     A line has ``id``, ``turn`` (0-based), ``phase``, ``loss_before`` and ``loss_after`` (cross entropy in nats, summed
     over the answer tokens), ``known_before`` (the model already gave the target: the edit is a no-op), ``at_edit``
-    (score right after the turn; null where the weights were left alone) and ``hash`` (running, see
-    ``stableedit_pl.run.files.ledger``). Edits of a rejected turn go to ``rejected.jsonl`` instead, with the ``reason``.
+    (score right after the turn; null where the weights were left alone), ``passes`` (how often the turn looked at its
+    edits; 0 where the weights were left alone) and ``hash`` (running, see ``stableedit_pl.run.files.ledger``). The
+    first line of a turn that made relative settings absolute for good has these as ``scales``. Edits of a rejected turn
+    go to ``rejected.jsonl`` instead, with the ``reason``.
 
     A resumed run first drops the lines of turns that its checkpoint does not have; they are applied again.
     """
@@ -70,6 +73,7 @@ class EditLedger(Callback):
 
 def ledger_lines(report: TurnReport) -> list[dict[str, Any]]:
     """A turn's lines, in the order of its edits."""
+    scales = plain_scales(report.step.plan.kept_scales)
     return [
         {
             "id": edit.record.id,
@@ -79,6 +83,8 @@ def ledger_lines(report: TurnReport) -> list[dict[str, Any]]:
             "loss_after": report.losses_after[i],
             "known_before": report.known_before[i],
             "at_edit": None if report.at_edit is None else report.at_edit[i],
+            "passes": len(report.step.passes),
+            **({"scales": scales} if scales and i == 0 else {}),
         }
         for i, edit in enumerate(report.turn.edits)
     ]

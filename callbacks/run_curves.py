@@ -46,6 +46,15 @@ class RunCurves(Callback):
                 f"{phase}loss_after": sum(report.losses_after) / edits,
             },
         )
+        for number, done in enumerate(report.step.passes, start=1):
+            log_curves(
+                trainer,
+                "passes",
+                {f"{phase}loss_{number}": done.loss, f"{phase}token_match_{number}": done.token_match},
+            )
+            log_curves(trainer, "cost", {f"seconds_pass_{number}": done.seconds})
+        if report.step.passes:
+            log_curves(trainer, "passes", {f"{phase}used": float(len(report.step.passes))})
         log_curves(trainer, "editing", {"rejected_turns": float(len(pl_module.state.rejected_turns))})
         seconds = {f"seconds_{part}": value for part, value in report.seconds.items()}
         log_curves(trainer, "cost", {**seconds, "edits_per_second": edits / max(report.edit_seconds, 1e-9)})

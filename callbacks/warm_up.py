@@ -14,12 +14,15 @@ from stableedit_pl.method.normalization import Normalization
 class WarmUp(Callback):
     """Warm-up turns make the LN statistics reliable before (or while) the target edits are applied.
 
-    They are ordinary turns, resumable like all others, marked ``phase: warmup`` and left out of the scores.
+    They are ordinary turns, resumable like all others, marked ``phase: warmup`` and left out of the scores. Where no
+    warm-up stream is given, ``mode: statistics_only`` feeds the statistics from the stream's own first turns before
+    these are applied; their rows are counted once.
 
     Args:
         position: where in the target stream they come: ``start``, ``q1``, ``middle``, ``q3``, ``end`` or ``none``.
         mode: ``edit`` applies them to the weights too (as the paper), ``statistics_only`` only feeds the statistics.
-        turns: use only the first so many turns of the warm-up stream; null for all.
+        turns: use only the first so many turns of the warm-up stream; null for all. Of the stream's own, null for those
+            with two answer tokens for each dimension of the model's hidden state.
         normalization: method of warm-up turns; null for the editor's own.
     """
 

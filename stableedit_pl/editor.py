@@ -21,7 +21,7 @@ from stableedit_pl.devices.division import DivideAlgebra, solve_together
 from stableedit_pl.devices.shares import Share, gather_edits
 from stableedit_pl.errors import GO_ON, SettingError, refuse_differences, require_choice
 from stableedit_pl.method.normalization import Normalization, WhiteningSolver
-from stableedit_pl.method.scales import Scale
+from stableedit_pl.method.scales import Scale, plain_scales
 from stableedit_pl.method.settings import BEFORE_PASSES, MethodSettings
 from stableedit_pl.method.statistics import LNStatistics, StatisticsScope
 from stableedit_pl.model.asking import ScoringRule
@@ -293,8 +293,9 @@ class LifelongEditor(ScoredModel):
             settings,
             self._turn.update_weights,
             self._capture_again,
-            count_rows=not self._turn.counted_before,
+            count_rows=self._turn.counted_in is None or self._turn.counted_in in self.state.rejected_turns,
             keep_scales=override is None,
+            seconds=self._capture_seconds,
         )
 
     def _at_edit(self, turn: Turn, captured: Captured) -> tuple[list[float], list[float]]:
@@ -367,7 +368,7 @@ class LifelongEditor(ScoredModel):
             "forked_from": self.forked_from,
             "rejected_turns": list(self.state.rejected_turns),
             "update_norms": list(self.state.update_norms),
-            "scales": {scope: scale.plain() for scope, scale in self.state.scales.items()},
+            "scales": plain_scales(self.state.scales),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from stableedit_pl.callbacks import (
     EditEvaluation,
     EditLedger,
     RankAgreement,
+    RunAdvice,
     RunCurves,
     StatisticsCheckpoint,
     TurnCheckpoint,
@@ -23,6 +24,7 @@ from stableedit_pl.callbacks import (
 )
 from stableedit_pl.callbacks.run_opening import RunOpening
 from stableedit_pl.callbacks.settings_file import SettingsFile
+from stableedit_pl.data.stream import EditStream
 from stableedit_pl.devices import ranks
 from stableedit_pl.devices.sharded_strategy import strategies_of_a_stream
 from stableedit_pl.editor import LifelongEditor
@@ -32,6 +34,8 @@ from stableedit_pl.run.files.checkpoint_io import AtomicCheckpointIO
 from stableedit_pl.run.files.directory import ASK, FORK, LAST, RunDirectory, RunDirectoryError
 from stableedit_pl.run.files.opening import Opening
 from stableedit_pl.run.guards import check_trainer
+from stableedit_pl.tune.outcome import TuneResult
+from stableedit_pl.tune.tuner import TuneRule, tune
 
 
 class EditTrainer(Trainer):
@@ -236,6 +240,61 @@ class EditTrainer(Trainer):
             own = super().predict(model, dataloaders, datamodule, return_predictions, checkpoint, weights_only=True)
         return own if self.world_size == 1 or own is None else _interleaved(ranks.gather_parts(own))
 
+    def tune(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        out: str = "tuned.yaml",
+        rows: str | None = None,
+        minutes: float = 10.0,
+        trials: int | None = None,
+        rule: TuneRule = "token_match",
+        floors: dict[str, float] | None = None,
+        seed: int = 0,
+    ) -> TuneResult:
+        """Find sites, step, ridge and passes on rows that will not be edited.
+
+        Nothing is written to ``run_dir``; the model's weights are put back.
+
+        Args:
+            model: a LifelongEditor.
+            datamodule: an EditStream.
+            out: file of the settings found, to be laid over the configuration; tune.json and tune.png come beside it.
+            rows: file of the rows to try on, in the layout of data.path; null: data.warmup_path.
+            minutes: how long the search may take, without loading.
+            trials: try so many settings instead, whatever the clock says: the same search on any machine.
+            rule: of the scores: token_match, or exact_match (what the model would write freely).
+            floors: least efficacy, generalization or specificity; settings below come after all others.
+            seed: of the order in which settings are tried.
+
+        Returns:
+            The result: ``suggestion()``, ``front()``, ``plot()``.
+
+        Raises:
+            SettingError: if there are no rows to try on, or the stream edits some of them.
+        """
+        if not isinstance(model, LifelongEditor) or not isinstance(datamodule, EditStream):
+            raise SettingError("tune needs a LifelongEditor, and an EditStream as datamodule")
+        if self.world_size > 1:
+            raise SettingError(f"tune runs in one process, not in {self.world_size}: trainer.devices=1")
+        model.configure_model()
+        model.to(self.strategy.root_device)
+        self.precision_plugin.convert_module(model)
+        progress = self.progress_bar_callback is not None
+        found = tune(
+            model,
+            datamodule,
+            rows=rows,
+            minutes=minutes,
+            trials=trials,
+            rule=rule,
+            floors=floors,
+            seed=seed,
+            progress=progress,
+        )
+        self.tuned_files = found.write(Path(out).expanduser())
+        return found
+
     def _checkpoint(self, ckpt_path: str | Path | None) -> Path | None:
         """The file that ``ckpt_path`` means; rank 0 finds it, and tells the others once they have met."""
         return self.run_directory.checkpoint(ckpt_path, ASK) if self.is_global_zero else None
@@ -306,11 +365,13 @@ class EditTrainer(Trainer):
             (StatisticsCheckpoint, StatisticsCheckpoint, True),
             (EditEvaluation, EditEvaluation, True),
             (ProgressBar, TurnProgress, progress),
+            (RunAdvice, RunAdvice, True),
             (TurnCheckpoint, TurnCheckpoint, checkpoints),
         ]
         missing = [make() for kind, make, use in defaults if use and not any(isinstance(c, kind) for c in given)]
-        own: list[Callback] = [c for c in missing if not isinstance(c, Checkpoint)]
-        return [*own, *given, *(c for c in missing if isinstance(c, Checkpoint))]
+        # Advice is on what the given callbacks found, and a checkpoint has what all of them keep.
+        late = (RunAdvice, Checkpoint)
+        return [*(c for c in missing if not isinstance(c, late)), *given, *(c for c in missing if isinstance(c, late))]
 
 
 def _interleaved(by_rank: list[list[list[Any]]]) -> list[list[Any]]:

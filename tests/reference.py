@@ -17,7 +17,8 @@ targets ``V``                   [N, d_out]       ``V_i = -step_size ||k^_i||^2 g
 ==============================  ===============  =====================================================
 
 One turn: capture K and G of all sites from the model as it stands, add the rows to the moments, normalize, targets,
-ridge, write. Moments therefore always include the turn that they normalize.
+ridge, write. Moments therefore always include the turn that they normalize. A further pass over the turn captures again
+with the weights as planned so far, and takes only as much of each row's target as is left to do; the moments stay.
 """
 
 from __future__ import annotations
@@ -474,16 +475,76 @@ class RunResult(NamedTuple):
     turns: list[TurnResult]
 
 
+class Scale(NamedTuple):
+    """Step size and ridge of one site, absolute."""
+
+    step_size: float
+    ridge: float
+
+
+def found_scales(
+    sites: dict[str, nn.Module],
+    rows: dict[str, tuple[Tensor, Tensor]],
+    statistics: dict[str, Statistics],
+    relative_step: float,
+    relative_ridge: float,
+    **method: Any,
+) -> dict[str, Scale]:
+    """Absolute settings of a turn: sites that share moments share them, their rows being taken together.
+
+    Args:
+        sites: the edited modules, as they were when the rows were captured.
+        rows: per site, keys [N, d_in] and gradients [N, d_out].
+        statistics: per site, moments that already hold these rows.
+        relative_step: mean norm of what the update adds at the rows / mean norm of the sites' outputs there.
+        relative_ridge: ridge / mean squared norm of the rows' keys.
+        method: see :func:`turn_updates`.
+    """
+    found = {}
+    for name in sites:
+        members = [other for other in sites if statistics[other] is statistics[name]]
+        ridge = relative_ridge * torch.cat([rows[m][0].square().sum(dim=1) for m in members]).mean().item()
+        unit = turn_updates(
+            {m: sites[m] for m in members},
+            {m: rows[m] for m in members},
+            statistics,
+            scales={m: Scale(1.0, ridge) for m in members},
+            **method,
+        )
+        added, outputs = [], []
+        for m in members:
+            delta = unit[m] if isinstance(sites[m], Conv1D) else unit[m].T
+            added += [(key @ delta).norm() for key in rows[m][0]]
+            outputs += [sites[m](key.unsqueeze(0)).detach().norm() for key in rows[m][0]]
+        step = relative_step * torch.stack(outputs).mean() / torch.stack(added).mean()
+        found[name] = Scale(step.item(), ridge)
+    return found
+
+
+def what_is_left(model: nn.Module, encoded: Sequence[Encoded], enough_margin: float) -> Tensor:
+    """Of each answer token's target, [N]: 1 up to four fifths of the margin, from there linearly to 0 at the margin."""
+    left = []
+    for input_ids, labels in encoded:
+        with Float64Throughout(), torch.no_grad():
+            probabilities = torch.softmax(model(input_ids=torch.tensor([input_ids])).logits[0], dim=-1)
+        for position, label in enumerate(labels):
+            if label != IGNORED:
+                others = torch.cat([probabilities[position, :label], probabilities[position, label + 1 :]])
+                margin = (probabilities[position, label] - others.max()).item()
+                left.append(min(1.0, max(0.0, 5.0 * (1.0 - margin / enough_margin))))
+    return torch.tensor(left, dtype=torch.float64)
+
+
 def turn_updates(
     sites: dict[str, nn.Module],
     rows: dict[str, tuple[Tensor, Tensor]],
     statistics: dict[str, Statistics],
     *,
     normalization: Normalization,
-    step_size: float,
-    ridge: float,
+    scales: dict[str, Scale],
     prior_strength: float,
     eigenvalue_floor: float,
+    left: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Steps 3 to 5 for every site, once the turn's rows are in the moments.
 
@@ -492,10 +553,10 @@ def turn_updates(
         rows: per site, keys [N, d_in] and gradients [N, d_out].
         statistics: per site, moments that already hold these rows; several sites may share one.
         normalization: see :func:`normalize`.
-        step_size: see :func:`targets`.
-        ridge: see :func:`ridge_update`.
+        scales: per site, its step size and ridge.
         prior_strength: see :func:`normalize`.
         eigenvalue_floor: see :func:`normalize`.
+        left: how much of each row's target is taken, [N], from :func:`what_is_left`; ``None``: all of it.
 
     Returns:
         Per site, the update in the weight's own layout.
@@ -510,7 +571,10 @@ def turn_updates(
             prior_strength=prior_strength,
             eigenvalue_floor=eigenvalue_floor,
         )
-        delta = ridge_update(keys, targets(khat, gtilde, step_size), ridge)
+        values = targets(khat, gtilde, scales[name].step_size)
+        if left is not None:
+            values = torch.stack([share * value for share, value in zip(left, values, strict=True)])
+        delta = ridge_update(keys, values, scales[name].ridge)
         updates[name] = in_weight_layout(sites[name], delta)
     return updates
 
@@ -533,6 +597,10 @@ def reference_run(
     normalization: Normalization = "whiten",
     step_size: float = 1e-6,
     ridge: float = 10.0,
+    relative_step: float | None = None,
+    relative_ridge: float | None = None,
+    passes: int = 1,
+    enough_margin: float = 1.0,
     prior_strength: float = 1.0,
     eigenvalue_floor: float = 0.0,
     statistics_scope: StatisticsScope = "site",
@@ -555,6 +623,11 @@ def reference_run(
         normalization: see :func:`normalize`.
         step_size: see :func:`targets`.
         ridge: see :func:`ridge_update`.
+        relative_step: instead of both, with ``relative_ridge``: see :func:`found_scales`; found anew in each turn until
+            the moments have ``d_out`` rows.
+        relative_ridge: see ``relative_step``.
+        passes: over each turn's edits, each with the weights as planned by those before.
+        enough_margin: see :func:`what_is_left`; a turn ends when nothing is.
         prior_strength: see :func:`normalize`.
         eigenvalue_floor: see :func:`normalize`.
         statistics_scope: ``site``: moments for each site; ``shape``: one set for all sites of a shape.
@@ -574,6 +647,7 @@ def reference_run(
     statistics = scoped_statistics(sites, statistics_scope)
     first_weights = {name: weight_of(site).detach().clone() for name, site in sites.items()}
     results = []
+    kept: dict[str, Scale] = {}
 
     def take(turn: Sequence[Edit], is_warmup: bool) -> TurnResult:
         encoded = [encode(tokenizer, prompt, target, skip_bare_space) for prompt, target in turn]
@@ -586,16 +660,31 @@ def reference_run(
         if is_warmup and warmup_mode == "statistics_only":
             nothing = {name: torch.zeros_like(weight) for name, weight in first_weights.items()}
             return TurnResult(is_warmup, nothing, nothing, losses)
-        deltas = turn_updates(
-            sites,
-            rows,
-            statistics,
-            normalization=(warmup_normalization if is_warmup else None) or normalization,
-            step_size=step_size,
-            ridge=ridge,
-            prior_strength=prior_strength,
-            eigenvalue_floor=eigenvalue_floor,
-        )
+        method: Any = {
+            "normalization": (warmup_normalization if is_warmup else None) or normalization,
+            "prior_strength": prior_strength,
+            "eigenvalue_floor": eigenvalue_floor,
+        }
+        scales = {name: Scale(step_size, ridge) for name in sites}
+        if relative_step is not None and relative_ridge is not None:
+            scales = kept or found_scales(sites, rows, statistics, relative_step, relative_ridge, **method)
+            if all(len(statistics[name].keys) >= site_shape(sites[name])[1] for name in sites):
+                kept.update(scales)
+        before = {name: weight_of(site).detach().clone() for name, site in sites.items()}
+        deltas = turn_updates(sites, rows, statistics, scales=scales, **method)
+        for _ in range(passes - 1):
+            for name, delta in deltas.items():
+                with torch.no_grad():
+                    weight_of(sites[name]).copy_(before[name] + delta)
+            left = what_is_left(double, encoded, enough_margin)
+            if not left.any():
+                break
+            again, _ = capture(double, sites, encoded, loss_reduction, micro_batch_size)
+            more = turn_updates(sites, again, statistics, scales=scales, left=left, **method)
+            deltas = {name: delta + more[name] for name, delta in deltas.items()}
+        for name, weight in before.items():
+            with torch.no_grad():
+                weight_of(sites[name]).copy_(weight)
         applied = {name: write(sites[name], delta, round_weights_to) for name, delta in deltas.items()}
         return TurnResult(is_warmup, deltas, applied, losses)
 

@@ -10,6 +10,8 @@ Three ways through the same edits of a random model, side by side in one process
   eigendecomposition per site and micro-batch of 10.
 
 Prints median and spread of each, and the two ratios. ``--shape 8b`` needs a CUDA device with about 24 GB.
+
+``--passes N`` looks at further passes over a turn's edits instead: what one costs, capture included, against the first.
 """
 
 import argparse
@@ -32,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stableedit_pl.method.settings import MethodSettings
 from stableedit_pl.method.statistics import LNStatistics
-from stableedit_pl.model.capture import capture
+from stableedit_pl.model.capture import Captured, capture
 from stableedit_pl.model.closed_form import ClosedFormEdit, EditorState, StepInput
 from stableedit_pl.model.encoding import IGNORED, Encoding, collate
 from stableedit_pl.model.micro_batches import by_length
@@ -54,6 +56,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "device": "cpu",
         "dtype": torch.float32,
     },
+    "deep": {  # of SmolLM2-135M
+        "model": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152},
+        "heads": (9, 3),
+        "sites": "model.layers.{26..29}.mlp.down_proj",
+        "device": "cpu",
+        "dtype": torch.float32,
+    },
     "8b": {
         "model": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256},
         "heads": (32, 8),
@@ -62,8 +71,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "dtype": torch.bfloat16,
     },
 }
-SETTINGS = MethodSettings(step_size=1e-3)
+STEP_SIZE, RIDGE = 1e-3, 10.0
 MICRO_BATCH = 10
+FURTHER = {"small": 0.6, "deep": 0.25}
+"""Most that a further pass may cost, relative to the first."""
 
 
 def build(shape: dict[str, Any]) -> Any:
@@ -121,8 +132,11 @@ class Clock:
 class Turn:
     """This package's turn."""
 
-    def __init__(self, model: Any, sites: list[Any], encodings: list[Encoding], tokens: int, device: str) -> None:
+    def __init__(
+        self, model: Any, sites: list[Any], encodings: list[Encoding], tokens: int, device: str, passes: int = 1
+    ) -> None:
         """Make everything that exists before a turn."""
+        self.settings = MethodSettings(step_size=STEP_SIZE, ridge=RIDGE, passes=passes)
         self.sites, self.encodings = sites, encodings
         for site in sites:
             site.use_master(device)
@@ -132,13 +146,19 @@ class Turn:
         self.micro_batches = by_length([len(e.input_ids) for e in encodings], tokens)
 
     def _input(self) -> StepInput:
-        return StepInput(self.captured, SETTINGS, True)
+        return StepInput(self.captured, self.settings, True, self._again, seconds=self.seconds)
+
+    def _again(self) -> Captured:
+        earlier = self.captured.passes
+        return capture(self.forward, self.sites, self.encodings, self.micro_batches, 0, earlier=earlier)
 
     def __call__(self) -> None:
         """One turn."""
 
         def closure() -> torch.Tensor:
+            started = time.perf_counter()
             self.captured = capture(self.forward, self.sites, self.encodings, self.micro_batches, 0)
+            self.seconds = time.perf_counter() - started
             return self.captured.measured[0].mean()
 
         self.optimizer.step(closure)
@@ -234,10 +254,10 @@ class Textbook:
             values, vectors = torch.linalg.eigh(sigma)
             root = (vectors * values.clamp(min=1e-12).rsqrt()) @ vectors.T
             normal = (keys - state[1]) / ((state[2] / (n - 1)).sqrt() + 1e-7)
-            targets = -SETTINGS.step_size * normal.square().sum(dim=1, keepdim=True) * ((gradients - state[3]) @ root)
+            targets = -STEP_SIZE * normal.square().sum(dim=1, keepdim=True) * ((gradients - state[3]) @ root)
             gram += keys.T @ keys
             cross += keys.T @ targets
-        delta = torch.linalg.solve(gram + SETTINGS.ridge * torch.eye(d_in, device=device), cross)
+        delta = torch.linalg.solve(gram + RIDGE * torch.eye(d_in, device=device), cross)
         with torch.no_grad():
             site.module.weight += delta.T.to(site.module.weight.dtype)
 
@@ -261,6 +281,26 @@ def parted(turn: Turn, clock: Clock) -> dict[str, float]:
     Statistics.updated, method.normalize, method.ridge_update, ClosedFormEdit._commit = real  # type: ignore[method-assign]
     capture = captured
     return {**clock.parts, "rest": total - sum(clock.parts.values())}
+
+
+def further_passes(turn: Turn, shape: str, repeats: int) -> int:
+    """What a further pass costs against the first of its turn; the process's exit status."""
+    ratios, firsts, others = [], [], []
+    for _ in range(repeats):
+        turn()
+        assert turn.optimizer.last is not None
+        first, *further = (done.seconds for done in turn.optimizer.last.passes)
+        firsts.append(first)
+        others.append(statistics.mean(further))
+        ratios.append(others[-1] / first)
+    print(f"first pass       {statistics.median(firsts):8.3f} s   from {min(firsts):.3f} to {max(firsts):.3f}")
+    print(f"a further pass   {statistics.median(others):8.3f} s   from {min(others):.3f} to {max(others):.3f}")
+    ratio = statistics.median(ratios)
+    print(f"further / first  {ratio:.3f}")
+    bar = FURTHER.get(shape)
+    if bar is not None:
+        print(f"bar: further / first <= {bar}: {'met' if ratio <= bar else 'MISSED'}")
+    return int(bar is not None and ratio > bar)
 
 
 def plot(parts: dict[str, float], bare_seconds: float, textbook_seconds: float, title: str, file: Path) -> None:
@@ -290,6 +330,7 @@ def main() -> int:
     parser.add_argument("--edits", type=int, default=100, help="edits of the turn")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each way")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens per forward pass")
+    parser.add_argument("--passes", type=int, default=1, help="more than one: what further passes cost")
     parser.add_argument("--out", type=Path, help="where the figures are saved as JSON")
     parser.add_argument("--plot", type=Path, help="where a picture of them is saved")
     arguments = parser.parse_args()
@@ -303,7 +344,11 @@ def main() -> int:
     sites = resolve_sites(model, [shape["sites"]])
     encodings = edits(arguments.edits, shape["model"]["vocab_size"])
     before = torch.cuda.memory_allocated() if device == "cuda" else 0
-    turn = Turn(model, sites, encodings, arguments.tokens, device)
+    turn = Turn(model, sites, encodings, arguments.tokens, device, arguments.passes)
+    if arguments.passes > 1:
+        print(f"{arguments.shape}, {len(encodings)} edits, {arguments.passes} passes: {machine(device)}")
+        turn()
+        return further_passes(turn, arguments.shape, arguments.repeats)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     textbook = Textbook(turn)

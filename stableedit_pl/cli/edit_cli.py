@@ -53,10 +53,15 @@ class EditParser(OneLineErrors, LightningArgumentParser):
 
 
 class EditCLI(LightningCLI):
-    """``fit``, ``validate``, ``test`` and ``predict`` on edit streams, ``export`` and ``verify``."""
+    """``fit``, ``validate``, ``test``, ``predict`` and ``tune`` on edit streams, ``export`` and ``verify``."""
 
     trainer: EditTrainer
     model: LifelongEditor
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Verbs that are methods of the trainer, each with the arguments that are no options."""
+        return {**LightningCLI.subcommands(), "tune": {"model", "datamodule"}}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add model and data before the trainer, whose many options few runs need."""
@@ -198,6 +203,16 @@ class EditCLI(LightningCLI):
         say(scores_table({"edited" if self.model.edits_loaded else "base": given}))
 
     after_test = after_validate
+
+    def tune(self, **kwargs: Any) -> None:
+        """Search, and say what was found and how to use it."""
+        found = self.trainer.tune(**kwargs)
+        say(f"\n{len(found.streams)} settings tried; the front:\n{found.table()}\n")
+        for file in self.trainer.tuned_files:
+            say(f"Wrote {file}")
+        given = self.config[self.subcommand].get("config") or []
+        files = " ".join(f"--config {file}" for file in [*given, self.trainer.tuned_files[0]])
+        say(f"Next:  {command('stableedit')} fit {files} --run_dir runs/tuned")
 
     def predict(self, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """Generate answers and write them to the run directory, in a file named for whose they are."""

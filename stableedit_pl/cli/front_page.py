@@ -12,6 +12,7 @@ EDIT_VERBS = {
     "validate": "Score a base or edited model on a sample of the stream.",
     "test": "Score a base or edited model on the whole stream.",
     "predict": "Generate a base or edited model's answers to the stream's prompts.",
+    "tune": "Find sites, step, ridge and passes on rows that will not be edited.",
 }
 """Methods of the trainer, and the first sentences of their docstrings."""
 

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,9 @@ from stableedit_pl.errors import SettingError, refuse_differences
 from stableedit_pl.model.encoding import Encoder, chunks
 from stableedit_pl.model.loading import DEMO
 from stableedit_pl.model.micro_batches import Batching
+
+OWN_ROWS = 2
+"""Answer tokens per dimension with which a covariance is more data than prior."""
 
 Dataset = Literal["edits", "zsre", "counterfact", "fever", "wikibigedit", "ultraeditbench"]
 
@@ -98,22 +101,40 @@ class EditStream(LightningDataModule):
         self.evaluation_batch_size, self.validation_size = evaluation_batch_size, validation_size
         self.num_workers = num_workers
         self.warm_up: WarmUpSettings | None = None
+        self._turns_to_find = False
         self.target: list[EditRecord] = []
         self.warmup: list[EditRecord] = []
         self._encoder: Encoder | None = None
         self._digests = {"edit": RowDigest(), "warmup": RowDigest()}
 
     def use_warm_up(self, settings: WarmUpSettings) -> None:
-        """Put the warm-up stream into the turns; called by the WarmUp callback before the first turn.
+        """Put the warm-up into the turns; called by the WarmUp callback before the first turn.
+
+        Without a warm-up stream the statistics can be fed from the target stream's own first turns: as many as hold
+        ``OWN_ROWS`` answer tokens for each dimension of the model's hidden state, unless ``turns`` is given.
 
         Raises:
-            SettingError: if there is no warm-up stream.
+            SettingError: if there is no warm-up stream, and edits are wanted from it, or another position.
         """
         if settings.position != "none" and self.warmup_path is None:
-            raise SettingError(
-                "the WarmUp callback needs a warm-up stream: set data.warmup_path, or position: none to leave it out"
-            )
+            if settings.mode == "edit" or settings.position != "start":
+                raise SettingError(
+                    "the WarmUp callback needs a warm-up stream: set data.warmup_path. Without one it can feed the "
+                    "statistics from the stream's own first turns (mode: statistics_only, position: start), or be "
+                    "left out (position: none)"
+                )
+            self._turns_to_find = settings.turns is None
+            settings = replace(settings, own_stream=True, turns=settings.turns or self._turns_with_enough_rows())
         self.warm_up = settings
+
+    def _turns_with_enough_rows(self) -> int:
+        wanted = OWN_ROWS * self.trainer.lightning_module.hidden_size()  # type: ignore[union-attr,operator]
+        encoder, rows = self.target_encoder, 0
+        for place, record in enumerate(self.target):
+            rows += len(encoder(record).target_ids)
+            if rows >= wanted:
+                return place // self.turn_size + 1
+        return -(-len(self.target) // self.turn_size)
 
     def setup(self, stage: str) -> None:
         """Read the files and check every row against the tokenizer and the model's context.
@@ -127,13 +148,23 @@ class EditStream(LightningDataModule):
         self.target = read_records(self.dataset, self.target_file, on_bad_row=self.on_bad_row, most=self.max_edits)
         self.target_encoder.check(self.target)
         if self.warmup_path is not None and stage == "fit":
-            self.warmup = read_records(self.dataset, self._file(self.warmup_path, "warmup"), on_bad_row=self.on_bad_row)
-            self._record_encoder(self._file(self.warmup_path, "warmup")).check(self.warmup)
+            self.warmup = read_records(self.dataset, self.warmup_file, on_bad_row=self.on_bad_row)
+            self._record_encoder(self.warmup_file).check(self.warmup)
 
     @property
     def target_file(self) -> Path:
         """The target stream's file."""
         return self._file(self.path, "edits")
+
+    @property
+    def warmup_file(self) -> Path:
+        """The file of the warm-up's edits; without a warm-up stream these are the target stream's own."""
+        return self.target_file if self.warmup_path is None else self._file(self.warmup_path, "warmup")
+
+    @property
+    def warmup_records(self) -> list[EditRecord]:
+        """Those of the warm-up turns: of the warm-up stream, or of the target stream itself."""
+        return self.target if self.warm_up is not None and self.warm_up.own_stream else self.warmup
 
     @property
     def target_encoder(self) -> RecordEncoder:
@@ -177,8 +208,7 @@ class EditStream(LightningDataModule):
             looked_at: turns of each stream whose edits are encoded; all, where there are no more.
         """
         largest = 0
-        warmup_file = self.target_file if self.warmup_path is None else self._file(self.warmup_path, "warmup")
-        for records, file in ((self.target, self.target_file), (self.warmup, warmup_file)):
+        for records, file in ((self.target, self.target_file), (self.warmup, self.warmup_file)):
             starts = range(0, len(records), self.turn_size)
             encoder = self._record_encoder(file)
             for start in starts[:: -(-len(starts) // looked_at) or 1]:
@@ -190,17 +220,16 @@ class EditStream(LightningDataModule):
         """SHA-256 of the target file, and of the warm-up file where there is one."""
         files = {"path": self.target_file}
         if self.warmup_path is not None:
-            files["warmup_path"] = self._file(self.warmup_path, "warmup")
+            files["warmup_path"] = self.warmup_file
         return {name: file_checksum(path) for name, path in files.items()}
 
     def train_dataloader(self) -> TurnLoader:
         """The turns that are not committed yet."""
         schedule = self.schedule
         start = 0 if self.trainer is None else self.trainer.global_step
-        warmup_file = self.target_file if self.warmup_path is None else self._file(self.warmup_path, "warmup")
         build = TurnBuilder(
-            {"edit": self.target, "warmup": self.warmup},
-            {"edit": self.target_encoder, "warmup": self._record_encoder(warmup_file)},
+            {"edit": self.target, "warmup": self.warmup_records},
+            {"edit": self.target_encoder, "warmup": self._record_encoder(self.warmup_file)},
             Batching(self.micro_batch_tokens, self.micro_batch_size, self._averages_micro_batches()),
             self.edit_order == "longest_first",
             schedule.warm_up,
@@ -231,13 +260,13 @@ class EditStream(LightningDataModule):
             "count_bare_space": self.count_bare_space,
             # Anywhere else the micro-batch is a matter of memory; in this reduction it is part of the method.
             "micro_batch_size": self.micro_batch_size if self._averages_micro_batches() else None,
-            "warm_up": asdict(schedule.warm_up),
+            "warm_up": schedule.warm_up.plain(),
             "first_warmup_turn": schedule.first_warmup_turn if schedule.warmup_turns else None,
             "turns": turns,
             "applied": {"edit": target, "warmup": warmup},
             "digests": {
                 "edit": self._digests["edit"].of_first(self.target, target),
-                "warmup": self._digests["warmup"].of_first(self.warmup, warmup),
+                "warmup": self._digests["warmup"].of_first(self.warmup_records, warmup),
             },
         }
 
@@ -260,6 +289,8 @@ class EditStream(LightningDataModule):
         """
         if self.trainer is None or self.trainer.state.fn != "fit":
             return
+        if self._turns_to_find and self.warm_up is not None:  # a stream that grew has more; the run began with these
+            self.warm_up = replace(self.warm_up, turns=state_dict["warm_up"]["turns"])
         schedule, turns = self.schedule, state_dict["turns"]
         applied = {
             "edit": schedule.target_edits_before(turns),
@@ -270,7 +301,7 @@ class EditStream(LightningDataModule):
             "applied": applied,
             "digests": {
                 "edit": RowDigest().of_first(self.target, applied["edit"]),
-                "warmup": RowDigest().of_first(self.warmup, applied["warmup"]),
+                "warmup": RowDigest().of_first(self.warmup_records, applied["warmup"]),
             },
         }
         refuse_differences("the checkpoint's stream", state_dict, now)

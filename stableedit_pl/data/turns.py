@@ -5,8 +5,8 @@ without walking there, so that a resumed run starts at the next turn and nowhere
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from torch.utils.data import Dataset, Sampler
 
@@ -42,7 +42,7 @@ class Turn:
         micro_batches: which edits go through the model together.
         update_weights: False for a warm-up turn that only feeds the statistics.
         normalization: what this turn uses instead of the editor's own; None for the editor's own.
-        counted_before: its rows are in the statistics already: a warm-up turn had these edits.
+        counted_in: the warm-up turn that fed these edits to the statistics already; None if none did.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class Turn:
         micro_batches: MicroBatches,
         update_weights: bool = True,
         normalization: Normalization | None = None,
-        counted_before: bool = False,
+        counted_in: int | None = None,
     ) -> None:
         """See the class."""
-        self.counted_before = counted_before
+        self.counted_in = counted_in
         self.index = index
         self.phase: Phase = phase
         self.edits = edits
@@ -74,20 +74,28 @@ class WarmUpSettings:
         mode: ``edit`` applies warm-up edits to the weights too; ``statistics_only`` feeds the statistics alone.
         turns: use only the first so many turns of the warm-up stream; None for all.
         normalization: method of warm-up turns; None for the editor's own.
+        own_stream: its edits are those of the target stream's first turns, which feed the statistics before they are
+            applied.
     """
 
     position: WarmUpPosition = "start"
     mode: WarmUpMode = "edit"
     turns: int | None = None
     normalization: Normalization | None = None
+    own_stream: bool = False
+
+    def plain(self) -> dict[str, Any]:
+        """As checkpoints keep it; those from before there was ``own_stream`` do not have it."""
+        return {name: value for name, value in asdict(self).items() if name != "own_stream" or value}
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where a turn's rows are: ``rows`` of the warm-up or target records."""
+    """Where a turn's rows are: ``rows`` of the warm-up or target records; ``counted_in`` as in :class:`Turn`."""
 
     phase: Phase
     rows: range
+    counted_in: int | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,7 @@ class TurnSchedule:
         """Warm-up turns that are really used."""
         if self.warm_up.position == "none":
             return 0
-        available = -(-self.warmup_rows // self.turn_size)
+        available = -(-self._warmup_rows // self.turn_size)
         return available if self.warm_up.turns is None else min(self.warm_up.turns, available)
 
     @property
@@ -138,8 +146,10 @@ class TurnSchedule:
             raise IndexError(f"turn {turn} of a stream of {len(self)} turns")
         begin, length = self.first_warmup_turn, self.warmup_turns
         if begin <= turn < begin + length:
-            return Slot("warmup", self._rows(turn - begin, self.warmup_rows))
-        return Slot("edit", self._rows(turn if turn < begin else turn - length, self.target_rows))
+            return Slot("warmup", self._rows(turn - begin, self._warmup_rows))
+        target = turn if turn < begin else turn - length
+        fed = self.warm_up.own_stream and target < length
+        return Slot("edit", self._rows(target, self.target_rows), begin + target if fed else None)
 
     def target_edits_before(self, turn: int) -> int:
         """How many target edits have been applied once ``turn`` turns are committed."""
@@ -152,7 +162,11 @@ class TurnSchedule:
 
     def warmup_edits_before(self, turn: int) -> int:
         """How many warm-up edits have been applied once ``turn`` turns are committed."""
-        return min(self.warmup_turns_before(turn) * self.turn_size, self.warmup_rows)
+        return min(self.warmup_turns_before(turn) * self.turn_size, self._warmup_rows)
+
+    @property
+    def _warmup_rows(self) -> int:
+        return self.target_rows if self.warm_up.own_stream else self.warmup_rows
 
     def _rows(self, turn: int, total: int) -> range:
         return range(turn * self.turn_size, min((turn + 1) * self.turn_size, total))
@@ -235,7 +249,7 @@ class TurnBuilder:
             edits.sort(key=lambda edit: len(edit.encoding.input_ids), reverse=True)
         micro_batches = self.batching([len(edit.encoding.input_ids) for edit in edits])
         if slot.phase == "edit":
-            return Turn(index, "edit", tuple(edits), micro_batches)
+            return Turn(index, "edit", tuple(edits), micro_batches, counted_in=slot.counted_in)
         return Turn(
             index,
             "warmup",

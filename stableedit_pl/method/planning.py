@@ -41,6 +41,7 @@ class TurnPlan:
             not whitened.
         scales: absolute settings that the turn was computed with, by scope.
         kept_scales: those that all later turns are to have.
+        expected_gain: by how much the first pass would lower the loss of which it took gradients, were that linear.
     """
 
     statistics: LNStatistics
@@ -49,6 +50,7 @@ class TurnPlan:
     solvers: Mapping[str, Solver] = field(default_factory=dict)
     scales: Scales = field(default_factory=dict)
     kept_scales: Scales = field(default_factory=dict)
+    expected_gain: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class TurnDraft:
         norms: site name to its update's norm, a float64 scalar.
         problems: what was solved; a further pass takes their moments, roots and scales.
         kept_scales: as in :class:`TurnPlan`.
+        gains: site name to its part of the expected gain, a float64 scalar.
     """
 
     statistics: LNStatistics
@@ -72,6 +75,7 @@ class TurnDraft:
     norms: Mapping[str, Tensor]
     problems: Mapping[str, Problem] = field(default_factory=dict)
     kept_scales: Scales = field(default_factory=dict)
+    gains: Mapping[str, Tensor] = field(default_factory=dict)
 
     def further(self, captured: Mapping[str, Rows], weights: Tensor, solve: Solve = solve_all) -> "TurnDraft":
         """One more pass over the turn's edits, captured at the weights as planned so far.
@@ -131,11 +135,11 @@ class TurnDraft:
         """
         before, after = [message for message, _ in self.faults], [message for message, _ in more_faults]
         good = [verdict for _, verdict in (*self.faults, *more_faults)]
-        wanted = [*good, *self.norms.values()] + ([] if beside is None else [beside])
+        wanted = [*good, *self.norms.values(), *self.gains.values()] + ([] if beside is None else [beside])
         read = read_tensors(wanted)
         others = [] if beside is None else read.pop()
         numbers = [value for (value,) in read]
-        norms = dict(zip(self.norms, numbers[len(good) :], strict=True))
+        norms = dict(zip(self.norms, numbers[len(good) :], strict=False))
         unbounded = [name for name, norm in norms.items() if not norm < float("inf")]
         wrong = [message for message, number in zip(before, numbers, strict=False) if not number]
         if unbounded:
@@ -144,7 +148,8 @@ class TurnDraft:
             )
         wrong += [message for message, number in zip(after, numbers[len(before) :], strict=False) if not number]
         scales = {scope: problem.scale for scope, problem in self.problems.items()}
-        plan = TurnPlan(self.statistics, self.updates, norms, self.solvers, scales, self.kept_scales)
+        gain = sum(numbers[len(good) + len(norms) :])
+        plan = TurnPlan(self.statistics, self.updates, norms, self.solvers, scales, self.kept_scales, gain)
         return wrong, plan, others
 
 
@@ -236,7 +241,10 @@ def draft_turn(
     updates = {name: solutions[name].update for name in names_in_order}
     solvers = {name: solution.solver for name, solution in solutions.items() if solution.solver is not None}
     norms = {name: update.norm() for name, update in updates.items()}
-    return TurnDraft(after, updates, solvers, faults, norms, problems, kept)
+    gains = {
+        name: -(captured[name].gradients * update.at(captured[name].keys)).sum() for name, update in updates.items()
+    }
+    return TurnDraft(after, updates, solvers, faults, norms, problems, kept, gains)
 
 
 def _first_scale(rows: Mapping[str, Rows], settings: MethodSettings) -> Scale:
@@ -267,10 +275,15 @@ def _unsolved(problems: Mapping[str, Problem], solutions: Mapping[str, Solution]
     ]
 
 
+FADE = 0.2
+"""Share of ``enough_margin`` over which a token's target fades. Narrow, so that a pass that adds more than this takes a
+token to where nothing is left, and a turn ends; not zero, so that nothing jumps."""
+
+
 def what_is_left(margins: Tensor, enough: float) -> Tensor:
     """How much of each answer token's target a further pass takes.
 
-    1 where the token is not the model's first choice, falling linearly to 0 at a margin of ``enough``: a token that is
+    1 while the token is less than ``(1 - FADE) enough`` ahead, falling linearly to 0 at ``enough``: a token that is
     learned is held where it is by a target of zero. A turn ends when nothing is left. Because nothing jumps at either
     bound, rounding, which differs with micro-batches and processes, changes results by rounding only.
 
@@ -281,7 +294,7 @@ def what_is_left(margins: Tensor, enough: float) -> Tensor:
     Returns:
         ``[N]``, float64, between 0 and 1.
     """
-    return (1.0 - margins.double() / enough).clamp(0.0, 1.0)
+    return ((enough - margins.double()) / (FADE * enough)).clamp(0.0, 1.0)
 
 
 def plan_turn(

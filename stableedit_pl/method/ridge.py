@@ -40,6 +40,12 @@ class SiteUpdate:
         right = self.right.double() @ other.right.double().T
         return (left * right).sum()
 
+    def at(self, keys: Tensor) -> Tensor:
+        """What it adds to the outputs at ``keys [N, d_in]``: ``K Delta``, float64 ``[N, d_out]``."""
+        if self.left is keys and self.left_gram is not None:
+            return self.left_gram @ self.right
+        return (keys.double() @ self.left.double().T) @ self.right.double()
+
     def scaled(self, factor: float) -> "SiteUpdate":
         """The update times a number."""
         return SiteUpdate(self.left, self.right * factor, self.left_gram)

@@ -11,7 +11,7 @@ rows of all sites that share a scope's moments.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -32,13 +32,14 @@ class Scale:
     step_size: float
     ridge: float
 
-    def plain(self) -> dict[str, float]:
-        """As files keep it."""
-        return {"step_size": self.step_size, "ridge": self.ridge}
-
 
 Scales = Mapping[str, Scale]
 """Scope key (a site, or a shape) to its scale."""
+
+
+def plain_scales(scales: Scales) -> dict[str, dict[str, float]]:
+    """As files keep them."""
+    return {scope: asdict(scale) for scope, scale in scales.items()}
 
 
 def enough_rows(count: int, d_out: int) -> bool:
@@ -78,14 +79,7 @@ def step_for(
         None where the update adds nothing, or outputs or update are not finite: there is no such step.
     """
     pairs = zip(keys, updates, strict=True)
-    added = float(torch.stack([_added(site, update).norm(dim=1).sum() for site, update in pairs]).sum())
+    added = float(torch.stack([update.at(site).norm(dim=1).sum() for site, update in pairs]).sum())
     own = float(torch.stack([norms.double().sum() for norms in output_norms]).sum())
     step = relative_step * own / added if added > 0 else 0.0
     return step if 0 < step < float("inf") else None
-
-
-def _added(keys: Tensor, update: SiteUpdate) -> Tensor:
-    """``K Delta``, float64 ``[N, d_out]``."""
-    if update.left is keys and update.left_gram is not None:
-        return update.left_gram @ update.right
-    return (keys.double() @ update.left.double().T) @ update.right

@@ -19,7 +19,7 @@ PAIRS = (("step_size", "relative_step"), ("ridge", "relative_ridge"))
 SHARED_ROOT_PASSES = 3
 """Quadrature begins anew with each pass; at width 2048 and one thread it takes 3.9 s, eigh 4.7 s."""
 
-BEFORE_PASSES: Mapping[str, Any] = {"relative_step": None, "relative_ridge": None, "passes": 1, "enough_margin": 1.0}
+BEFORE_PASSES: Mapping[str, Any] = {"relative_step": None, "relative_ridge": None, "passes": 1, "enough_margin": None}
 """Settings that runs of version 0.1.0's first builds did not have, and what these runs did."""
 
 
@@ -105,4 +105,5 @@ class MethodSettings:
 
     def identity(self) -> dict[str, Any]:
         """The settings that make a method what it is; the solver only changes how its numbers are found."""
-        return {name: value for name, value in asdict(self).items() if name != "whitening_solver"}
+        identity = {name: value for name, value in asdict(self).items() if name != "whitening_solver"}
+        return identity | ({"enough_margin": None} if self.passes == 1 else {})

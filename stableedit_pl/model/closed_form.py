@@ -74,6 +74,7 @@ class StepInput:
         again: captures the same edits at the weights as they are then, for a further pass; None: there is one pass.
         count_rows: False where the statistics know the turn's rows already.
         keep_scales: whether relative settings may become absolute numbers for good in this turn.
+        seconds: that the capture took.
     """
 
     captured: Captured
@@ -82,6 +83,7 @@ class StepInput:
     again: Callable[[], Captured] | None = None
     count_rows: bool = True
     keep_scales: bool = True
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ class ClosedFormEdit(Optimizer):
 
     def _plan(self, given: StepInput) -> tuple[TurnPlan, list[Prepared]]:
         """The checked plan, and its updates ready to be added."""
-        captured, started = given.captured, time.perf_counter()
+        captured, started = given.captured, time.perf_counter() - given.seconds
         draft = draft_turn(
             captured.rows,
             self.editor_state.statistics,

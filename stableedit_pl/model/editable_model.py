@@ -13,7 +13,7 @@ from stableedit_pl.devices.sharding import ShardingError, shard_model
 from stableedit_pl.errors import SettingError, require_choice
 from stableedit_pl.model.asking import Scorer, ScoringPrecision, ScoringRule, autocast
 from stableedit_pl.model.encoding import EncodedPrompts, Encoder
-from stableedit_pl.model.loading import ModelDtype, context_length, load_language_model, load_tokenizer
+from stableedit_pl.model.loading import ModelDtype, context_length, hidden_size, load_language_model, load_tokenizer
 from stableedit_pl.model.lower_outputs import LowerOutputs
 from stableedit_pl.model.partial_forward import PartialForward
 from stableedit_pl.model.scoring import RecordAnswers, answer_records, score_records
@@ -78,6 +78,10 @@ class EditableModel(LightningModule):
     def encoder(self, count_bare_space: bool = False) -> Encoder:
         """Encodes text for this model."""
         return Encoder(self.tokenizer, context_length(self.base_model), count_bare_space)
+
+    def hidden_size(self) -> int:
+        """Width of the base model's hidden state, known before it is loaded."""
+        return hidden_size(self.base_model)
 
     def configure_model(self) -> None:
         """Load the base model and find its sites; does nothing the second time.

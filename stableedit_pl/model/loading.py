@@ -92,14 +92,22 @@ def load_skeleton(base_model: str, model_dtype: str = "auto") -> Any:
 
 def context_length(base_model: str) -> int | None:
     """Longest input in tokens by the base model's configuration; None if it states none."""
+    length = getattr(_text_config(base_model), "max_position_embeddings", None)
+    return int(length) if length else None
+
+
+def hidden_size(base_model: str) -> int:
+    """Width of the hidden state by the base model's configuration."""
+    return int(_text_config(base_model).hidden_size)
+
+
+def _text_config(base_model: str) -> Any:
     source = resolve_base_model(base_model)
     _check_folder(base_model, source)
     try:
-        config = AutoConfig.from_pretrained(source).get_text_config()
+        return AutoConfig.from_pretrained(source).get_text_config()
     except (OSError, ValueError) as error:
         raise LoadingError(f"cannot load the configuration of base_model {base_model!r}: {error}") from error
-    length = getattr(config, "max_position_embeddings", None)
-    return int(length) if length else None
 
 
 def _check_folder(base_model: str, source: str) -> None:

@@ -261,6 +261,17 @@ def site_names(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     return names
 
 
+def editable_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Name to ``(d_in, d_out)`` of every module that could be a site, in the model's order."""
+    return {
+        name: (module.weight.shape[0], module.weight.shape[1])
+        if isinstance(module, Conv1D)
+        else (module.weight.shape[1], module.weight.shape[0])
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    }
+
+
 def _no_match(pattern: str, expanded: str, modules: dict[str, nn.Module]) -> str:
     editable = [name for name, module in modules.items() if isinstance(module, (nn.Linear, Conv1D))]
     wanted = expanded.removesuffix(".weight")

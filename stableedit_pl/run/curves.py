@@ -18,6 +18,9 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         ],
         "At edit: does an edit work right after its turn?": ["Multiline", ["editing/at_edit_efficacy"]],
         "Loss of a turn's edits, before and after": ["Multiline", ["editing/loss_before", "editing/loss_after"]],
+        "Loss of a turn's edits as each of its passes found it": ["Multiline", ["passes/loss_.*"]],
+        "Their token match as each pass found it": ["Multiline", ["passes/token_match_.*"]],
+        "Passes of a turn": ["Multiline", ["passes/used"]],
     },
     "2 stability": {
         "Size of each update": ["Multiline", ["stability/update_norm/.*"]],
@@ -37,7 +40,8 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         ],
     },
     "4 cost": {
-        "Seconds per turn": ["Multiline", ["cost/seconds_.*"]],
+        "Seconds per turn": ["Multiline", ["cost/seconds_[a-o].*", "cost/seconds_plan", "cost/seconds_score"]],
+        "Seconds per pass": ["Multiline", ["cost/seconds_pass_.*"]],
         "Edits per second": ["Multiline", ["cost/edits_per_second"]],
     },
 }
@@ -49,7 +53,7 @@ def log_curves(trainer: Trainer, group: str, values: Mapping[str, float | None])
 
     Args:
         trainer: whose loggers receive them.
-        group: ``editing``, ``stability``, ``normalization`` or ``cost``.
+        group: ``editing``, ``passes``, ``stability``, ``normalization`` or ``cost``.
         values: curve to value; None is no point.
     """
     points = {f"{group}/{name}": value for name, value in values.items() if value is not None}

@@ -77,7 +77,7 @@ def write_results(
     _show(trainer, results, hparams)
 
 
-_WARM_UP = ("position", "mode", "turns", "normalization")
+_WARM_UP = ("position", "mode", "turns", "normalization", "own_stream")
 
 
 def results_table(results: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from edit_runs import fit
 from tiny import LLAMA_SITE, edit_rows, write_stream
 
 from stableedit_pl.cli.command import main
+from stableedit_pl.cli.front_page import VERBS
 
 FILES = {
     "typo.yaml": "model:\n  ridge: 1.0\n  step_sise: 1.0e-3\n",
@@ -110,14 +111,15 @@ PARSED: list[tuple[str, list[str]]] = [
     ("fit --run_dir=${HOME}/runs", ["'HOME' not found", "${oc.env:NAME}"]),
     ("validate --cktp_path last", ["there is no --cktp_path. Did you mean --ckpt_path?"]),
     ("test --data.pth=x", ["there is no --data.pth. Did you mean --data.path"]),
-    ("predict --out=x", ["there is no --out. stableedit predict --help lists all."]),
+    ("tune --minuts=1", ["there is no --minuts. Did you mean --minutes?"]),
+    ("predict --zzz=x", ["there is no --zzz. stableedit predict --help lists all."]),
 ]  # fmt: skip
 
 ALONE: list[tuple[str, list[str]]] = [
     ("fti", ["there is no verb fti. Did you mean fit?"]),
     ("exprot --run x", ["there is no verb exprot. Did you mean export?"]),
     ("zzz", ["there is no verb zzz. Verbs: fit, validate"]),
-    ("", ["no verb: choose from fit, validate, test, predict, export, verify"]),
+    ("", [f"no verb: choose from {', '.join(VERBS)}; stableedit --help"]),
     ("fit", ["fit needs --model.base_model, --model.sites, --data.path, or --config FILE with it all"]),
     ("validate --model.base_model=demo", ["validate needs --model.sites, --data.path"]),
     ("export", ["export needs --run, --out"]),
@@ -203,7 +205,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(place: Path, llama_folder: str) -> Path:
-    fit(place / "finished", llama_folder, {"path": str(place / "rows.jsonl")})
+    fit(place / "finished", llama_folder, {"path": str(place / "rows.jsonl")}, {"passes": 1})
     return place / "finished"
 
 
@@ -228,6 +230,7 @@ def good(llama_folder: str, place: Path, run: Path) -> list[str]:
         f'--model.sites=["{LLAMA_SITE}"]',
         "--model.step_size=1e-3",
         "--model.ridge=1.0",
+        "--model.passes=1",
         f"--data.path={place / 'rows.jsonl'}",
         "--data.turn_size=8",
         "--trainer.accelerator=cpu",

@@ -54,16 +54,20 @@ SAID = {
     "zero": "exactly zero",
 }
 
+MODELS = {"zero": {"passes": 1}}
+"""A further pass has keys of its own."""
+
 
 @pytest.mark.parametrize("kind", SAID)
 def test_a_bad_turn_stops_the_run_before_the_commit(
     tmp_path: Path, llama_folder: str, stream_file: str, poison: Any, kind: str
 ) -> None:
-    clean = fit(tmp_path / "clean", llama_folder, {"path": stream_file}, trainer={"max_steps": BAD_TURN})
+    model = MODELS.get(kind)
+    clean = fit(tmp_path / "clean", llama_folder, {"path": stream_file}, model, trainer={"max_steps": BAD_TURN})
     poison(kind)
     callbacks = [TurnCheckpoint(every_n_turns=1)]
     with pytest.raises(BadTurn, match=SAID[kind]):
-        fit(tmp_path / "bad", llama_folder, {"path": stream_file}, callbacks=callbacks)
+        fit(tmp_path / "bad", llama_folder, {"path": stream_file}, model, callbacks=callbacks)
     assert_same_state(saved_state(tmp_path / "bad"), clean.state_dict())
     assert ledger(tmp_path / "bad") == ledger(tmp_path / "clean")
     assert not (tmp_path / "bad/rejected.jsonl").exists()
@@ -76,10 +80,13 @@ def test_a_bad_turn_is_skipped_when_told_to(
     """Nothing of turn 2 is applied: the rest is the run on a stream without its edits."""
     rows = edit_rows(33)
     without = write_stream(tmp_path / "without.jsonl", rows[:16] + rows[24:])
-    expected = fit(tmp_path / "without", llama_folder, {"path": without})
+    model = MODELS.get(kind, {})
+    expected = fit(tmp_path / "without", llama_folder, {"path": without}, model)
     poison(kind)
     run = tmp_path / "run"
-    editor = fit(run, llama_folder, {"path": stream_file}, {"bad_turns": "skip"}, callbacks=[StabilityMonitor()])
+    editor = fit(
+        run, llama_folder, {"path": stream_file}, {"bad_turns": "skip", **model}, callbacks=[StabilityMonitor()]
+    )
     assert_same_state(editor.state_dict(), expected.state_dict())
     assert [line["id"] for line in ledger(run)] == [f"e0-{i}" for i in [*range(16), *range(24, 33)]]
     rejected = [json.loads(line) for line in (run / "rejected.jsonl").read_text().splitlines()]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from edit_runs import assert_same_state, fit, ledger, results, saved_state
+from edit_runs import PASSES, assert_same_state, fit, ledger, results, saved_state
 
 from stableedit_pl.callbacks import EditEvaluation, StabilityMonitor, TurnCheckpoint
 from stableedit_pl.cli.export import load_run
@@ -170,6 +170,7 @@ def test_a_full_disk_stops_at_a_turn_boundary_with_the_checkpoint_before_intact(
         '--model.sites=["model.layers.1.mlp.down_proj"]',
         "--model.step_size=1e-3",
         "--model.ridge=1.0",
+        f"--model.passes={PASSES}",
         f"--data.path={stream_file}",
         "--data.turn_size=8",
         "--trainer.accelerator=cpu",

@@ -13,6 +13,8 @@ from stableedit_pl.cli.command import main
 from stableedit_pl.run.files.checkpoint_file import read_checkpoint
 
 KEPT = Path(__file__).parents[1] / "fixtures" / "run_before_wings"
+ONE_PASS = "--model.passes=1"
+"""It knows nothing of passes: one a turn was all there was."""
 
 
 def test_a_run_begun_before_the_move_ends_as_it_would_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,7 +22,8 @@ def test_a_run_begun_before_the_move_ends_as_it_would_have(tmp_path: Path, monke
     shutil.copytree(KEPT, tmp_path / "kept")
     monkeypatch.chdir(tmp_path / "kept")
     before = json.loads(Path("run/edits.jsonl").read_text().splitlines()[-1])
-    main(["fit", "--config", "settings.yaml", "--ckpt_path", "last", "--trainer.enable_progress_bar=false"])
+    flags = ["--config", "settings.yaml", "--ckpt_path", "last", "--trainer.enable_progress_bar=false", ONE_PASS]
+    main(["fit", *flags])
     wanted = load_file("finished.safetensors")
     found = read_checkpoint(Path("run/checkpoints/last.ckpt"))["state_dict"]
     assert found.keys() == wanted.keys()

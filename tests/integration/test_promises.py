@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from edit_runs import assert_same_state, fit, ledger, results, saved_state, updates
+from edit_runs import PASSES, assert_same_state, fit, ledger, results, saved_state, updates
 from tiny import LLAMA_SITE, edit_rows, relative_difference, write_stream
 
 from stableedit_pl.callbacks import EditEvaluation, WarmUp
@@ -58,10 +58,11 @@ def test_the_short_last_turn_is_applied(tmp_path: Path, llama_folder: str, strea
     assert results(tmp_path / "run")["edits"] == 33
 
 
+@pytest.mark.parametrize(("number", "where"), [(0, ""), (2, " in a further pass")])
 def test_a_bad_turn_leaves_the_previous_turns_state(
-    tmp_path: Path, llama_folder: str, stream_file: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, llama_folder: str, stream_file: str, monkeypatch: pytest.MonkeyPatch, number: int, where: str
 ) -> None:
-    """A value gradient that is not finite in turn 3 stops the run with the state after turn 2."""
+    """A value gradient that is not finite in a pass of turn 3 stops the run with the state after turn 2."""
     from stableedit_pl import editor as module
     from stableedit_pl.model import shared_capture as shares
 
@@ -71,7 +72,7 @@ def test_a_bad_turn_leaves_the_previous_turns_state(
     def poisoned(*args: object, **kwargs: object) -> object:
         captured = real(*args, **kwargs)  # type: ignore[arg-type]
         seen.append(captured)
-        if len(seen) == 4:
+        if len(seen) == 3 * PASSES + number + 1:
             captured.rows[LLAMA_SITE].gradients[0, 0] = float("nan")
         return captured
 
@@ -80,7 +81,7 @@ def test_a_bad_turn_leaves_the_previous_turns_state(
     monkeypatch.setattr(module.LifelongEditor, "on_exception", lambda self, e: None, raising=False)
     original = module.LifelongEditor.on_fit_start
     monkeypatch.setattr(module.LifelongEditor, "on_fit_start", lambda self: (editors.append(self), original(self))[1])
-    with pytest.raises(BadTurn, match=rf"value gradients of site {LLAMA_SITE} are not finite"):
+    with pytest.raises(BadTurn, match=rf"value gradients of site {LLAMA_SITE} are not finite{where}"):
         fit(tmp_path / "bad", llama_folder, {"path": stream_file})
     assert editors[0].state.committed_turns == 3
     assert_same_state(editors[0].state_dict(), clean.state_dict())

@@ -38,7 +38,7 @@ def test_default_mode_equals_reference_over_23_turns(tmp_path: Path, llama_folde
         tmp_path / "run",
         llama_folder,
         {"path": stream, "turn_size": TURN},
-        {"sites": LLAMA_SITES, "normalization": normalization, "step_size": step},
+        {"sites": LLAMA_SITES, "normalization": normalization, "step_size": step, "passes": 1},
     )
     expected = ref.reference_run(
         tiny_llama(), word_tokenizer(), LLAMA_SITES, turns(ROWS), normalization=normalization, step_size=step, ridge=1.0
@@ -65,7 +65,7 @@ def test_parity_mode_equals_reference_with_warm_up(tmp_path: Path, llama_folder:
             "edit_order": "longest_first",
             "count_bare_space": True,
         },
-        {"sites": LLAMA_SITES, "master_dtype": "model", **method, **parity},
+        {"sites": LLAMA_SITES, "master_dtype": "model", "passes": 1, **method, **parity},
         callbacks=[WarmUp(normalization="standardize")],
     )
     expected = ref.reference_run(
@@ -93,7 +93,7 @@ def test_statistics_only_warm_up_equals_reference_on_gpt2(tmp_path: Path, gpt2_f
         tmp_path / "run",
         gpt2_folder,
         {"path": stream, "warmup_path": warmup, "turn_size": TURN},
-        {"sites": [GPT2_SITE]},
+        {"sites": [GPT2_SITE], "passes": 1},
         callbacks=[WarmUp(mode="statistics_only")],
     )
     expected = ref.reference_run(
@@ -109,10 +109,37 @@ def test_statistics_only_warm_up_equals_reference_on_gpt2(tmp_path: Path, gpt2_f
     assert relative_difference(updates(editor)[GPT2_SITE], expected.accumulated[GPT2_SITE]) < 1e-4
 
 
+@pytest.mark.parametrize("scope", ["site", "shape"])
+@pytest.mark.parametrize("normalization", ["whiten", "standardize", "none"])
+def test_passes_with_relative_settings_equal_the_reference(
+    tmp_path: Path, llama_folder: str, normalization: str, scope: str
+) -> None:
+    """Three turns find their scales anew, the later ones have that of the first with as many rows as outputs."""
+    stream = write_stream(tmp_path / "edits.jsonl", ROWS[:32])
+    relative = {"relative_step": 0.2, "relative_ridge": 0.05}
+    method = {"normalization": normalization, "passes": 4, "enough_margin": 0.4, "statistics_scope": scope, **relative}
+    editor = fit(
+        tmp_path / "run",
+        llama_folder,
+        {"path": stream, "turn_size": TURN},
+        {"sites": LLAMA_SITES, "step_size": None, "ridge": None, **method},
+    )
+    expected = ref.reference_run(tiny_llama(), word_tokenizer(), LLAMA_SITES, turns(ROWS[:32]), **method)
+    for name, update in updates(editor).items():
+        assert expected.accumulated[name].norm() > 0.05 * editor.sites[0].original.norm()
+        assert relative_difference(update, expected.accumulated[name]) < 1e-4
+    assert len(editor.state.scales) == (2 if scope == "site" else 1)
+    for other in ({"passes": 3}, {"enough_margin": 0.6}, {"relative_step": 0.21}):
+        changed = ref.reference_run(
+            tiny_llama(), word_tokenizer(), LLAMA_SITES, turns(ROWS[:32]), **{**method, **other}
+        )
+        assert relative_difference(changed.accumulated[LLAMA_SITE], expected.accumulated[LLAMA_SITE]) > 1e-3
+
+
 def test_settings_that_differ_give_another_update(tmp_path: Path, llama_folder: str) -> None:
     """Negative control: the comparison above can tell settings apart."""
     stream = write_stream(tmp_path / "edits.jsonl", ROWS[:30])
-    editor = fit(tmp_path / "run", llama_folder, {"path": stream, "turn_size": TURN}, {"sites": [LLAMA_SITE]})
+    editor = fit(tmp_path / "run", llama_folder, {"path": stream, "turn_size": TURN}, {"passes": 1})
     for other in ({"prior_strength": 0.5}, {"ridge": 1.1}, {"normalization": "standardize"}):
         settings = {"step_size": 1e-3, "ridge": 1.0, **other}
         expected = ref.reference_run(tiny_llama(), word_tokenizer(), [LLAMA_SITE], turns(ROWS[:30]), **settings)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edit_runs import assert_same_state, fit
+from edit_runs import PASSES, assert_same_state, fit
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -14,7 +14,7 @@ from stableedit_pl import EditStream, LifelongEditor
 
 
 def parts(base: str, stream: str) -> tuple[LifelongEditor, EditStream]:
-    editor = LifelongEditor(base_model=base, sites=[LLAMA_SITE], step_size=1e-3, ridge=1.0)
+    editor = LifelongEditor(base_model=base, sites=[LLAMA_SITE], step_size=1e-3, ridge=1.0, passes=PASSES)
     return editor, EditStream(path=stream, turn_size=8, micro_batch_size=3)
 
 

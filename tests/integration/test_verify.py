@@ -124,7 +124,13 @@ def test_others_may_read_beside_a_living_run_but_not_write(
     with (run / "edits.jsonl").open("a") as file:
         file.write('{"id": "e0-33", "tur')
     asked = [f"--model.base_model={llama_folder}", f"--model.sites={LLAMA_SITE}", "--model.step_size=1e-3"]
-    asked += ["--model.ridge=1", f"--data.path={stream_file}", "--data.turn_size=8", "--data.micro_batch_size=3"]
+    asked += [
+        "--model.ridge=1",
+        "--model.passes=4",
+        f"--data.path={stream_file}",
+        "--data.turn_size=8",
+        "--data.micro_batch_size=3",
+    ]
     asked += [f"--run_dir={run}", "--trainer.accelerator=cpu", "--ckpt_path=last"]
     with Opening(RunDirectory(run), overwrite=False) as opening:
         opening.first_turn()

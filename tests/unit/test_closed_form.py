@@ -11,9 +11,11 @@ from tiny import absolute, relative_difference
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from stableedit_pl.method import problem as problem_module
 from stableedit_pl.method import workspace
 from stableedit_pl.method.planning import BadTurn, TurnPlan, plan_turn
 from stableedit_pl.method.ridge import SiteUpdate
+from stableedit_pl.method.scales import Scale
 from stableedit_pl.method.statistics import LNStatistics, Rows
 from stableedit_pl.method.workspace import Workspace
 from stableedit_pl.model import closed_form
@@ -329,3 +331,91 @@ def test_callbacks_see_the_step_size_as_learning_rate_also_after_an_older_checkp
     del saved["param_groups"][0]["lr"]
     optimizer.load_state_dict(saved)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25]
+
+
+# ---- passes
+
+
+def passes_of(bench: Bench, margins: list[list[float]], passes: int) -> tuple[StepInput, list[list[Tensor]]]:
+    """A turn whose further passes find these margins, and the weights that each of them saw."""
+    seen: list[list[Tensor]] = []
+
+    def again() -> Captured:
+        seen.append([site.weight.clone() for site in bench.sites])
+        found = bench.turn(len(seen)).captured
+        found.margins = torch.tensor(margins[len(seen) - 1]).unsqueeze(1)
+        return found
+
+    settings = replace(SETTINGS, passes=passes, enough_margin=0.5)
+    return replace(bench.turn(0), settings=settings, again=again), seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_passes_are_one_plan_of_which_each_saw_those_before(dtype: torch.dtype) -> None:
+    bench = Bench(dtype)
+    for site in bench.sites:
+        site.use_master("cpu")
+    states = [site.state.double() for site in bench.sites]
+    given, seen = passes_of(bench, [[-1.0, 0.0, 0.45]] * 3, 4)
+    bench.step(given)
+    assert len(seen) == 3 and bench.state.committed_turns == 1
+    assert bench.state.statistics.gradients["a"].count == 3, "the turn's rows count once"
+    statistics = bench.state.statistics
+    total = plan_turn(given.captured.rows, LNStatistics.empty(bench.sites, "site"), SETTINGS).updates
+    sums = {name: update.left.double().T @ update.right for name, update in total.items()}
+    left = torch.tensor([1.0, 1.0, 0.5], dtype=torch.float64)
+    for number, weights in enumerate(seen, start=1):
+        for site, weight, state in zip(bench.sites, weights, states, strict=True):
+            assert relative_difference(weight, (state + site.oriented(sums[site.name])).to(dtype)) < 1e-6
+            rows = bench.turn(number).captured.rows[site.name]
+            problem = problem_module.Problem(
+                {site.name: rows},
+                statistics.keys[site.name],
+                statistics.gradients[site.name],
+                SETTINGS,
+                Scale(0.01, 2.0),
+                left,
+            )
+            update = problem.solve()[site.name].update
+            sums[site.name] = sums[site.name] + update.left.double().T @ update.right
+    for site, state in zip(bench.sites, states, strict=True):
+        assert relative_difference(site.state, state + site.oriented(sums[site.name])) < 1e-6
+    assert bench.optimizer.last is not None
+    assert [record.token_match for record in bench.optimizer.last.passes] == [0.0] * 4
+    assert len(bench.optimizer.last.plan.updates["a"].left) == 4 * 3, "in factors"
+
+
+def test_a_turn_ends_when_every_answer_token_is_far_enough_ahead() -> None:
+    bench, capped = Bench(), Bench()
+    given, seen = passes_of(bench, [[-1.0, 0.9, 0.9], [0.39, 0.9, 0.5], [0.5, 0.51, 0.9]], 9)
+    bench.step(given)
+    assert len(seen) == 3 and bench.optimizer.last is not None and len(bench.optimizer.last.passes) == 3
+    shorter, _ = passes_of(capped, [[-1.0, 0.9, 0.9], [0.39, 0.9, 0.5]], 3)
+    capped.step(shorter)
+    assert bench.unchanged_since(capped.snapshot())
+    other = Bench()
+    close, seen = passes_of(other, [[0.4999, 0.5, 0.5]] * 2, 3)
+    other.step(close)
+    assert len(seen) == 2, "nothing jumps: what is left shrinks to nothing before a turn ends"
+
+
+@pytest.mark.parametrize("kind", ["gradient", "failure"])
+def test_what_goes_wrong_in_a_later_pass_leaves_everything_as_it_was(kind: str) -> None:
+    bench = Bench()
+    given, seen = passes_of(bench, [[-1.0] * 3] * 4, 4)
+    working = given.again
+    assert working is not None
+
+    def again() -> Captured:
+        found = working()
+        if len(seen) == 3:
+            if kind == "failure":
+                raise RuntimeError("the device is lost")
+            found.rows["b"].gradients[0, 0] = float("nan")
+        return found
+
+    before = bench.snapshot()
+    errors = {"gradient": "site b are not finite in a further pass", "failure": "lost"}
+    with pytest.raises((BadTurn, RuntimeError), match=errors[kind]):
+        bench.step(replace(given, again=again))
+    assert bench.unchanged_since(before) and not bench.state.committing and len(seen) == 3

@@ -15,8 +15,9 @@ PACKAGE = Path(stableedit_pl.__file__).parent
 BELOW_RUN = {"data", "model", "devices", "method", "demo", "errors"}
 MAY_SEE: dict[str, set[str]] = {
     "__main__": {"cli"},
-    "cli": {"trainer", "callbacks", "editor", "run", *BELOW_RUN},
-    "trainer": {"callbacks", "editor", "run", *BELOW_RUN},
+    "cli": {"trainer", "callbacks", "tune", "editor", "run", *BELOW_RUN},
+    "trainer": {"callbacks", "tune", "editor", "run", *BELOW_RUN},
+    "tune": {"editor", "run", *BELOW_RUN},
     "callbacks": {"editor", "run", *BELOW_RUN},
     "editor": {"run", *BELOW_RUN},
     "run": BELOW_RUN,

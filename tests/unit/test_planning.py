@@ -58,8 +58,7 @@ def test_several_turns_match_the_reference(scope: str, normalization: str, prior
             {name: (given.keys.double(), given.gradients.double()) for name, given in rows.items()},
             oracle,
             normalization=normalization,  # type: ignore[arg-type]
-            step_size=0.1,
-            ridge=2.0,
+            scales=dict.fromkeys("abc", ref.Scale(0.1, 2.0)),
             prior_strength=prior,
             eigenvalue_floor=0.0,
         )

@@ -69,8 +69,7 @@ def test_all_solvers_agree_with_each_other_and_the_reference_over_fifty_turns(sc
             {name: (given.keys.double(), given.gradients.double()) for name, given in rows.items()},
             oracle,
             normalization="whiten",
-            step_size=1e-2,
-            ridge=10.0,
+            scales=dict.fromkeys(rows, ref.Scale(1e-2, 10.0)),
             prior_strength=prior,
             eigenvalue_floor=0.0,
         )
