@@ -19,7 +19,7 @@ from stableedit_pl.data.turns import Turn
 from stableedit_pl.devices import ranks
 from stableedit_pl.devices.division import DivideAlgebra, solve_together
 from stableedit_pl.devices.shares import Share, gather_edits
-from stableedit_pl.errors import SettingError, require_choice
+from stableedit_pl.errors import GO_ON, SettingError, require_choice
 from stableedit_pl.method.guard import Guard
 from stableedit_pl.method.normalization import Normalization, WhiteningSolver
 from stableedit_pl.method.scales import Scale, plain_scales
@@ -41,13 +41,22 @@ from stableedit_pl.run.scored_model import ScoredModel
 
 MasterDtype = Literal["float32", "model"]
 
+_FORK = (
+    "A fork has its run's base model, sites and statistics_scope: set them as they were, or leave out --fork_from to "
+    "start from the base model."
+)
+_ASK = (
+    "Set them as they were: --config RUN_DIR/config.yaml has all of a run's settings. Without --ckpt_path the base "
+    "model is asked."
+)
+
 
 class LifelongEditor(ScoredModel):
     """Edits a causal language model turn by turn with lifelong normalization (StableEdit, arXiv 2605.11836).
 
     Args:
         base_model: folder or hub id of a Hugging Face causal language model; ``demo`` for the shipped one.
-        sites: weights to edit: module names, globs, ``{a..b}`` ranges.
+        sites: weights to edit: module names, globs, ``{a..b}`` ranges; one, or a list of them.
         normalization: ``whiten`` (StableEdit), ``standardize`` (UltraEdit) or ``none`` (no lifelong normalization).
         relative_step: how much a pass adds to a site's outputs at the turn's edits, relative to these outputs; 0.2
             where step_size is not given. Becomes a step size once, and is recorded.
@@ -82,7 +91,7 @@ class LifelongEditor(ScoredModel):
     def __init__(
         self,
         base_model: str,
-        sites: list[str],
+        sites: list[str] | str,
         normalization: Normalization = "whiten",
         step_size: float | None = None,
         ridge: float | None = None,
@@ -109,8 +118,10 @@ class LifelongEditor(ScoredModel):
         Raises:
             ValueError: if a setting is out of range.
         """
+        sites = [sites] if isinstance(sites, str) else sites
         super().__init__(base_model, sites, model_dtype, scoring, specificity_reference, scoring_batch_size)
         self.save_hyperparameters()
+        self.hparams["sites"] = sites
         self.settings = MethodSettings(
             normalization,
             step_size,
@@ -191,7 +202,8 @@ class LifelongEditor(ScoredModel):
         if self.start_from is not None:
             source = read_checkpoint(self.start_from)
             shared = ("base_model", "base_weights", "sites", "statistics_scope")
-            refuse_other_run(str(self.start_from), stored_identity(source), self.identity(), shared)
+            source_name = f"--fork_from {self.start_from}"
+            refuse_other_run(source_name, stored_identity(source), self.identity(), shared, _FORK)
             self.load_state_dict(source["state_dict"])
             self.forked_from = f"{self.start_from} ({stored_identity(source)['committed_turns']} turns)"
         self.place_state()
@@ -217,6 +229,7 @@ class LifelongEditor(ScoredModel):
             self.bad_turns,
             self.max_update_norm,
             partial(solve_together, divide=self.divide_algebra),
+            lr=float(self.settings.step_size or self.settings.relative_step or 0.0),
         )
 
     def training_step(self, turn: Turn, batch_idx: int) -> Tensor:
@@ -377,7 +390,8 @@ class LifelongEditor(ScoredModel):
         trainer = self._trainer  # none in load_from_checkpoint
         if trainer is not None and trainer.training:  # captures depend on it; scores may be taken in any
             ours["precision"] = str(trainer.precision)
-        refuse_other_run("the checkpoint", stored, ours)
+        asking = trainer is not None and not trainer.training
+        refuse_other_run("the checkpoint", stored, ours, remedy=_ASK if asking else GO_ON)
         self.state.committed_turns = stored["committed_turns"]
         self.state.rejected_turns = list(stored["rejected_turns"])
         self.state.update_norms = list(stored["update_norms"])

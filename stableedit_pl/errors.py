@@ -27,13 +27,21 @@ def require_choice(name: str, value: Any, choices: Any) -> None:
         raise SettingError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
-def refuse_differences(source: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+GO_ON = (
+    "Go on with the old settings; or start a new run in another --run_dir, without --ckpt_path: from the base "
+    "model, or from this run's weights and statistics with --fork_from RUN_DIR."
+)
+"""What to do when a run is resumed with other settings."""
+
+
+def refuse_differences(source: str, old: Mapping[str, Any], new: Mapping[str, Any], remedy: str = GO_ON) -> None:
     """Compare what a checkpoint was made with and what it is loaded into.
 
     Args:
         source: what holds the old values, for the message.
         old: name to value as stored.
         new: name to value now.
+        remedy: what to do about it.
 
     Raises:
         IncompatibleCheckpoint: listing every name whose values differ.
@@ -47,10 +55,7 @@ def refuse_differences(source: str, old: Mapping[str, Any], new: Mapping[str, An
     widths = [max(len(row[column]) for row in table) for column in range(3)]
     lines = ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
     raise IncompatibleCheckpoint(
-        f"{source} belongs to another run:\n"
-        + "\n".join(line.rstrip() for line in lines)
-        + "\nGo on with the old settings; or start a new run in another --run_dir, without --ckpt_path: from the base "
-        "model, or from this run's weights and statistics with --fork_from RUN_DIR."
+        f"{source} belongs to another run:\n" + "\n".join(line.rstrip() for line in lines) + f"\n{remedy}"
     )
 
 

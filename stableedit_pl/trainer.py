@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.states import TrainerFn
 
 from stableedit_pl.callbacks import (
     EditEvaluation,
@@ -23,6 +24,7 @@ from stableedit_pl.callbacks import (
     TurnCheckpoint,
     TurnProgress,
 )
+from stableedit_pl.callbacks.run_opening import RunOpening
 from stableedit_pl.callbacks.settings_file import SettingsFile
 from stableedit_pl.data.stream import EditStream
 from stableedit_pl.devices import ranks
@@ -31,7 +33,9 @@ from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.errors import SettingError
 from stableedit_pl.model.scoring import KINDS
 from stableedit_pl.run.files.checkpoint_io import AtomicCheckpointIO
-from stableedit_pl.run.files.directory import LAST, RunDirectory, RunDirectoryError
+from stableedit_pl.run.files.directory import ASK, FORK, LAST, RunDirectory, RunDirectoryError
+from stableedit_pl.run.files.opening import Opening
+from stableedit_pl.run.guards import check_trainer
 from stableedit_pl.tune.outcome import TuneResult
 from stableedit_pl.tune.tuner import TuneRule, tune
 
@@ -91,6 +95,13 @@ class EditTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         """See the class."""
+        if kwargs.get("barebones"):
+            raise SettingError(
+                "trainer.barebones would leave out checkpoints and curves, which are the run; for speed set "
+                "trainer.enable_progress_bar and trainer.logger to false, and EditEvaluation.every_n_turns to null"
+            )
+        if not str(run_dir):
+            raise SettingError("run_dir is empty: give the directory in which everything of the run shall lie")
         self.run_directory = RunDirectory(run_dir)
         self.overwrite = overwrite
         self.fork_from = fork_from
@@ -140,17 +151,18 @@ class EditTrainer(Trainer):
             weights_only: always true; loading a checkpoint never executes code.
 
         Raises:
-            RunDirectoryError: if ``run_dir`` holds another run, or none to resume.
+            RunDirectoryError: if ``run_dir`` holds another run, none to resume, or one that is still running.
+            MisconfigurationException: if a setting or callback would break the stream.
         """
         if isinstance(train_dataloaders, LightningDataModule):
             train_dataloaders, datamodule = None, train_dataloaders
-        checkpoint = self._checkpoint(ckpt_path)
-        if self.is_global_zero:
-            if isinstance(model, LifelongEditor):
+        check_trainer(self)
+        with self._opening() as opening:
+            checkpoint = None if opening is None else opening.checkpoint(ckpt_path)
+            if opening is not None and isinstance(model, LifelongEditor):
                 fork = self.fork_from if checkpoint is None else None
                 model.start_from = None if fork is None else self._fork_source(Path(fork).expanduser())
-            self.run_directory.prepare(checkpoint, self.overwrite)
-        super().fit(model, train_dataloaders, val_dataloaders, datamodule, checkpoint, weights_only=True)
+            super().fit(model, train_dataloaders, val_dataloaders, datamodule, checkpoint, weights_only=True)
 
     def validate(
         self,
@@ -288,7 +300,21 @@ class EditTrainer(Trainer):
 
     def _checkpoint(self, ckpt_path: str | Path | None) -> Path | None:
         """The file that ``ckpt_path`` means; rank 0 finds it, and tells the others once they have met."""
-        return self.run_directory.checkpoint(ckpt_path) if self.is_global_zero else None
+        return self.run_directory.checkpoint(ckpt_path, ASK) if self.is_global_zero else None
+
+    @contextlib.contextmanager
+    def _opening(self) -> Iterator[Opening | None]:
+        """Hold the run directory, at rank zero; until everything is checked, no logger begins."""
+        callback = next(callback for callback in self.callbacks if isinstance(callback, RunOpening))
+        loggers = self.loggers
+        with (
+            Opening(self.run_directory, self.overwrite) if self.is_global_zero else contextlib.nullcontext() as opening
+        ):
+            callback.opening, callback.loggers = opening, loggers
+            try:
+                yield opening
+            finally:
+                self.loggers, callback.opening, callback.loggers = loggers, None, None
 
     def _run(self, model: Any, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
         environment = self._accelerator_connector.cluster_environment
@@ -303,6 +329,8 @@ class EditTrainer(Trainer):
             self._checkpoint_connector._ckpt_path = ckpt_path
             if isinstance(model, LifelongEditor):
                 model.start_from = start_from
+        if self.state.fn == TrainerFn.FITTING:
+            self.loggers = []  # RunOpening hands them back
         return super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
 
     def _fork_source(self, source: Path) -> Path:
@@ -310,7 +338,7 @@ class EditTrainer(Trainer):
         run = RunDirectory(source) if source.is_dir() else self.run_directory
         if run.path.resolve() == self.run_directory.path.resolve() and source.is_dir():
             raise RunDirectoryError(f"--fork_from {source} is --run_dir itself: a fork needs a run_dir of its own")
-        file = run.checkpoint(LAST if source.is_dir() else source)
+        file = run.checkpoint(LAST if source.is_dir() else source, FORK)
         assert file is not None
         return file
 
@@ -332,8 +360,9 @@ class EditTrainer(Trainer):
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.run_directory.checkpoints)
         defaults: list[tuple[type, type[Callback], bool]] = [
+            (RunOpening, RunOpening, True),
+            (EditLedger, EditLedger, True),  # the last that may refuse a checkpoint
             (SettingsFile, SettingsFile, True),
-            (EditLedger, EditLedger, True),
             (RankAgreement, RankAgreement, True),
             (RunCurves, RunCurves, True),
             (StatisticsCheckpoint, StatisticsCheckpoint, True),

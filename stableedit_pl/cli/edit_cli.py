@@ -1,19 +1,29 @@
 """``EditCLI``: LightningCLI with a run directory."""
 
 import json
+import re
+import sys
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any
 
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from omegaconf.errors import OmegaConfBaseException
 
 import stableedit_pl.callbacks  # noqa: F401  (their short names work once they are imported)
 from stableedit_pl.cli.front_page import PARSER, PLAIN_VERBS
+from stableedit_pl.cli.named_callbacks import CallbackSetting, settled
+from stableedit_pl.cli.parse_errors import OneLineErrors, one_line
 from stableedit_pl.cli.plain_verbs import add_plain_verb, run_plain_verb
 from stableedit_pl.cli.screen import command, quiet, say
+from stableedit_pl.cli.settings_files import ArgumentsError
 from stableedit_pl.data.stream import EditStream
 from stableedit_pl.editor import LifelongEditor
+from stableedit_pl.errors import SettingError
 from stableedit_pl.model.scoring import KINDS
-from stableedit_pl.run.files.directory import RunDirectory
+from stableedit_pl.run.files.directory import RunDirectory, remove_empty, write_atomically
 from stableedit_pl.run.results import edits_per_second, read_results, results_table, scores_table
 from stableedit_pl.trainer import EditTrainer
 
@@ -32,6 +42,14 @@ class SaveSettings(SaveConfigCallback):
             # What was said of this one start is no setting of the run: repeating it must not overwrite anything.
             settings["overwrite"], settings["ckpt_path"] = False, None
             self.parser.save(settings, str(file), skip_none=False, overwrite=False, multifile=False)
+
+
+# jsonargparse writes the settings of a class down before it makes it, and yaml knows no enum (Timer has one).
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_data(value.value))
+
+
+class EditParser(OneLineErrors, LightningArgumentParser):
+    """Lightning's parser, with errors of one line."""
 
 
 class EditCLI(LightningCLI):
@@ -62,16 +80,20 @@ class EditCLI(LightningCLI):
         parser.link_arguments("fork_from", "trainer.fork_from")
         parser.link_arguments("overwrite", "trainer.overwrite")
 
-    def __init__(self, verb: str | None, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, verb: str | None, *args: Any, callback_settings: Sequence[CallbackSetting] = (), **kwargs: Any
+    ) -> None:
         """Prepare for one verb.
 
         Args:
             verb: the only verb that is asked for; None if that is not known yet.
+            callback_settings: settings of callbacks by class name.
             args: as for LightningCLI.
             kwargs: as for LightningCLI.
         """
         self._verb = verb
-        super().__init__(*args, **kwargs)
+        self._callback_settings = callback_settings
+        super().__init__(*args, **{"parser_class": EditParser, **kwargs})
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         if self._verb in (None, subcommand):
@@ -87,14 +109,66 @@ class EditCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would let a checkpoint's settings silently overrule the command line."""
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and put callbacks that are named by their class where they belong.
+
+        Raises:
+            ArgumentsError: if a reference leads nowhere, or a callback's setting is of none that the run has.
+        """
+        args = sys.argv[1:] if args is None else args
+        OneLineErrors.said = list(args)
+        try:
+            silent = [argument for argument in args if not argument.startswith("--print_config")]
+            self.config = parser.parse_args(silent)
+            verb = self.config.get("subcommand")
+            callbacks: list[dict[str, Any]] | None = None
+            said: list[str] = []
+            if verb is not None and verb not in PLAIN_VERBS:
+                callbacks, said = settled(self.config[verb].get("trainer.callbacks"), self._callback_settings)
+            for sentence in said:
+                say(sentence, error=True)
+            if callbacks is not None:
+                args = [*args, f"--trainer.callbacks={json.dumps(callbacks, default=str)}"]
+            if callbacks is not None or len(silent) < len(args):
+                self.config = parser.parse_args(args)
+        except OmegaConfBaseException as error:
+            key = str(getattr(error, "full_key", None) or "a setting").removeprefix(f"{self._verb}.")
+            reason = str(getattr(error, "msg", None) or error).splitlines()[0]
+            raise ArgumentsError(
+                f"{key}: {reason}. ${{NAME}} stands for another setting; for an environment variable write "
+                "${oc.env:NAME}, for the characters themselves \\${NAME}."
+            ) from error
+
     def instantiate_classes(self) -> None:
-        """Build model, data and trainer; a plain verb needs none of them."""
-        if self.subcommand not in PLAIN_VERBS:
+        """Build model, data and trainer; a plain verb needs none of them.
+
+        Raises:
+            SettingError: if one of them, a callback, a logger or a plugin refuses its settings.
+        """
+        if self.subcommand in PLAIN_VERBS:
+            return
+        try:
             super().instantiate_classes()
+        except (SettingError, MisconfigurationException):
+            raise
+        except ImportError as error:
+            raise SettingError(f"{one_line(error)}: install what is missing, or leave the setting out") from error
+        except (ValueError, TypeError, RuntimeError) as error:
+            twice = re.search(r"more than one stateful callback of type `(\w+)`", str(error))
+            raise SettingError(
+                f"two callbacks {twice[1]} that could not be told apart in a checkpoint: keep one, or give them other "
+                "settings"
+                if twice
+                else one_line(error)
+            ) from error
 
     def _set_seed(self) -> None:
-        if self.config.get("subcommand") not in PLAIN_VERBS:
+        if self.config.get("subcommand") in PLAIN_VERBS:
+            return
+        try:
             super()._set_seed()
+        except ValueError as error:
+            raise SettingError(f"seed_everything: {error}") from error
 
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand not in PLAIN_VERBS:
@@ -140,24 +214,29 @@ class EditCLI(LightningCLI):
         files = " ".join(f"--config {file}" for file in [*given, self.trainer.tuned_files[0]])
         say(f"Next:  {command('stableedit')} fit {files} --run_dir runs/tuned")
 
-    def predict(self, **kwargs: Any) -> None:
-        """Generate answers and write them to ``predictions.jsonl`` in the run directory."""
-        pieces = self.trainer.predict(**{**kwargs, "return_predictions": True}) or []
-        if not self.trainer.is_global_zero:
-            return
-        run = self.trainer.run_directory
-        run.path.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(answer, ensure_ascii=False) for piece in pieces for answer in piece]
-        run.predictions.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        say(f"Wrote {len(lines)} answers to {run.predictions}")
+    def predict(self, ckpt_path: str | None = None, **kwargs: Any) -> None:
+        """Generate answers and write them to the run directory, in a file named for whose they are."""
+        run, zero = self.trainer.run_directory, self.trainer.is_global_zero
+        made = run.make() if zero else []
+        try:
+            pieces = self.trainer.predict(**{**kwargs, "ckpt_path": ckpt_path, "return_predictions": True}) or []
+            if not zero:
+                return
+            lines = [json.dumps(answer, ensure_ascii=False) for piece in pieces for answer in piece]
+            file = run.predictions_of(ckpt_path)
+            write_atomically(file, "".join(line + "\n" for line in lines))
+        finally:
+            remove_empty(made)
+        say(f"Wrote {len(lines)} answers of the {'base' if ckpt_path is None else 'edited'} model to {file}")
 
 
-def run_edit_cli(verb: str | None, args: Sequence[str] | None) -> None:
+def run_edit_cli(verb: str | None, args: Sequence[str], callback_settings: Sequence[CallbackSetting] = ()) -> None:
     """Parse the arguments and do what they say.
 
     Args:
         verb: the verb they begin with; None if they begin with an option.
-        args: arguments; those of the process by default.
+        args: arguments.
+        callback_settings: settings of callbacks by class name, taken out of them.
     """
     quiet()
     EditCLI(
@@ -169,5 +248,6 @@ def run_edit_cli(verb: str | None, args: Sequence[str] | None) -> None:
         seed_everything_default=0,
         parser_kwargs=dict(PARSER),
         auto_configure_optimizers=False,
-        args=None if args is None else list(args),
+        args=list(args),
+        callback_settings=callback_settings,
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.run.files.checkpoint_file import read_checkpoint
-from stableedit_pl.run.files.directory import LAST, RunDirectory, RunDirectoryError
+from stableedit_pl.run.files.directory import EXPORT, LAST, RunDirectory, RunDirectoryError
 from stableedit_pl.run.results import read_results, results_table
 
 
@@ -20,7 +20,7 @@ def load_run(run: str | Path, ckpt_path: str = LAST) -> LifelongEditor:
     Raises:
         RunDirectoryError: if there is no such checkpoint.
     """
-    file = RunDirectory(run).checkpoint(ckpt_path)
+    file = RunDirectory(run).checkpoint(ckpt_path, EXPORT)
     assert file is not None
     checkpoint = read_checkpoint(file)
     known = inspect.signature(LifelongEditor).parameters
@@ -47,6 +47,8 @@ def export_run(run: str, out: str, ckpt_path: str = LAST, overwrite: bool = Fals
         RunDirectoryError: if there is no such run, or ``out`` holds something.
     """
     folder = Path(out).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise RunDirectoryError(f"--out {folder} is a file; choose a folder that is empty, or not there yet")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise RunDirectoryError(f"--out {folder} is not empty; choose another folder, or give --overwrite true")
     editor = load_run(run, ckpt_path)

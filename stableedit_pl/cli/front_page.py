@@ -5,6 +5,7 @@ from typing import Any
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 
 from stableedit_pl import __version__
+from stableedit_pl.cli.parse_errors import OneLineErrors
 
 EDIT_VERBS = {
     "fit": "Apply a stream of edits to a model.",
@@ -37,7 +38,7 @@ def first_page() -> ArgumentParser:
     Returns:
         A parser with the texts of the whole command's.
     """
-    parser = ArgumentParser(env_prefix="PL", default_env=False, **PARSER)  # as LightningCLI's
+    parser = OneLineErrors(env_prefix="PL", default_env=False, **PARSER)  # as LightningCLI's
     parser.add_argument(
         "-c", "--config", action=ActionConfigFile, help="Path to a configuration file in json or yaml format."
     )
@@ -54,7 +55,7 @@ def add_name(parser: ArgumentParser, verb: str, options: ArgumentParser | None =
         options: parser of its own options; none to have it named only.
     """
     assert parser._subcommands_action is not None
-    own = ArgumentParser(description=VERBS[verb]) if options is None else options
+    own = OneLineErrors(description=VERBS[verb]) if options is None else options
     parser._subcommands_action.add_subcommand(verb, own, help=VERBS[verb])
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from stableedit_pl.cli.front_page import PLAIN_VERBS, VERBS, add_name, first_page
+from stableedit_pl.cli.parse_errors import OneLineErrors
 from stableedit_pl.cli.screen import quiet, say
 
 
@@ -21,7 +22,7 @@ def add_plain_verb(parser: ArgumentParser, verb: str, complete: bool) -> Argumen
     Returns:
         The parser of its options.
     """
-    own = ArgumentParser(description=PLAIN_VERBS[verb])
+    own = OneLineErrors(description=PLAIN_VERBS[verb])
     if complete:
         own.add_function_arguments(_function(verb))
     add_name(parser, verb, own)

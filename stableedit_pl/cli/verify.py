@@ -83,7 +83,9 @@ def verify_run(run: str) -> Verdict:
 
 def _newest(directory: RunDirectory, verdict: Verdict) -> dict[str, Any] | None:
     files = [file for file in (directory.last_checkpoint, *directory.turn_checkpoints()) if file.is_file()]
-    damaged = {file: problem for file in files if (problem := damage(file)) is not None}
+    found = {file: damage(file) for file in files}
+    files = [file for file in files if file.is_file()]  # a run that goes on meanwhile removes its older ones
+    damaged = {file: problem for file in files if (problem := found[file]) is not None}
     for file, problem in damaged.items():
         verdict.problems.append(f"{file.name} is damaged: {problem}; resuming passes it over")
     whole = [file for file in files if file not in damaged]

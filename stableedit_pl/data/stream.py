@@ -41,7 +41,7 @@ class EditStream(LightningDataModule):
             of similar length go together.
         micro_batch_size: most edits per forward pass; null for no limit but the tokens. With ``loss_reduction:
             micro_batch_mean`` it is part of the method: consecutive pieces of exactly so many edits.
-        max_edits: use only the first so many edits of ``path``.
+        max_edits: use only the first so many edits of ``path``; rows behind them are not looked at.
         edit_order: order inside a turn: as in the file, or by decreasing encoded length (the published program).
         count_bare_space: score the lone space token that some sentencepiece tokenizers put before a target, as
             the published program does.
@@ -85,6 +85,11 @@ class EditStream(LightningDataModule):
         for name, value in sizes.items():
             if value < 1:
                 raise SettingError(f"data.{name} must be at least 1, got {value}")
+        if num_workers < 0:
+            raise SettingError(f"data.num_workers must be zero or positive, got {num_workers}")
+        for name, file in (("path", path), ("warmup_path", warmup_path)):
+            if file is not None and not str(file):
+                raise SettingError(f"data.{name} is empty: give a file, or demo")
         self.path, self.dataset = path, dataset
         self.warmup_path = warmup_path
         self.turn_size = turn_size
@@ -140,7 +145,7 @@ class EditStream(LightningDataModule):
         if self.target:
             return
         self._encoder = self.trainer.lightning_module.encoder(self.count_bare_space)  # type: ignore[union-attr,operator]
-        self.target = read_records(self.dataset, self.target_file, on_bad_row=self.on_bad_row)[: self.max_edits]
+        self.target = read_records(self.dataset, self.target_file, on_bad_row=self.on_bad_row, most=self.max_edits)
         self.target_encoder.check(self.target)
         if self.warmup_path is not None and stage == "fit":
             self.warmup = read_records(self.dataset, self.warmup_file, on_bad_row=self.on_bad_row)

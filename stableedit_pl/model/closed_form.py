@@ -135,6 +135,8 @@ class ClosedFormEdit(Optimizer):
             applied.
         max_update_norm: a turn is bad when its update is larger than so many times the running median; None: never.
         solve: solves a turn's problems, here or together with other ranks.
+        lr: the step size, for callbacks that show what an optimizer calls its learning rate; the method's settings, not
+            this, decide what is done.
     """
 
     def __init__(
@@ -145,9 +147,10 @@ class ClosedFormEdit(Optimizer):
         bad_turns: BadTurns = "raise",
         max_update_norm: float | None = None,
         solve: Solve = solve_all,
+        lr: float = 0.0,
     ) -> None:
         """See the class."""
-        super().__init__([site.module.weight for site in sites], defaults={})
+        super().__init__([site.module.weight for site in sites], defaults={"lr": lr})
         self._passes: list[PassRecord] = []
         self.sites = list(sites)
         self.editor_state = state
@@ -158,6 +161,12 @@ class ClosedFormEdit(Optimizer):
         self.measure_survival = False
         self.last: StepResult | None = None
         self._solvers: dict[tuple[int, int], str] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Loading a checkpoint exchanges the groups; those of older ones have no ``lr``."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group["lr"] = self.defaults["lr"]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]

@@ -285,4 +285,24 @@ def _no_match(pattern: str, expanded: str, modules: dict[str, nn.Module]) -> str
     wanted = expanded.removesuffix(".weight")
     near = difflib.get_close_matches(wanted, editable, n=5, cutoff=0.5) or editable[-5:]
     within = f" (from {pattern!r})" if expanded != pattern else ""
-    return f"site pattern {expanded!r}{within} matches no module of this model. Near matches: " + ", ".join(near)
+    there = _numbers_there(wanted, editable)
+    return f"site pattern {expanded!r}{within} matches no module of this model{there}. Near matches: " + ", ".join(near)
+
+
+def _numbers_there(wanted: str, names: list[str]) -> str:
+    """Which layers there are, if that is all that is wrong with a name: ``, which has layers 0..29``."""
+    pieces = wanted.split(".")
+    places = [i for i, piece in enumerate(pieces) if piece.isdigit() and i]
+    if not places:
+        return ""
+    found: dict[int, set[int]] = {place: set() for place in places}
+    for name in names:
+        own = name.split(".")
+        alike = len(own) == len(pieces) and all(
+            own[i].isdigit() if i in found else fnmatchcase(own[i], piece) for i, piece in enumerate(pieces)
+        )
+        for place in places if alike else []:
+            found[place].add(int(own[place]))
+    wrong = [place for place in places if found[place] and int(pieces[place]) not in found[place]]
+    ranges = [f"{pieces[place - 1]} {min(found[place])}..{max(found[place])}" for place in wrong]
+    return f", which has {' and '.join(ranges)}" if ranges else ""

@@ -4,7 +4,17 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ModelPruning,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 
 from stableedit_pl.devices.rank_devices import foreign_devices
 from stableedit_pl.devices.rank_strategy import WatchedRanks
@@ -23,7 +33,26 @@ def check_trainer(trainer: Trainer) -> None:
 
 def _rules(trainer: Any) -> list[tuple[bool, str]]:
     checkpoints = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]
+    averaging = _named(trainer, WeightAveraging, StochasticWeightAveraging)
+    weights = _named(trainer, ModelPruning, BaseFinetuning)
+    turns = _named(trainer, GradientAccumulationScheduler, LearningRateFinder, BatchSizeFinder)
     return [
+        (
+            bool(averaging),
+            f"{averaging} puts averaged weights in place of the edited ones behind the optimizer's back, and the edits "
+            "would be lost; leave it out. model.ridge and the step size keep updates small, StabilityMonitor watches "
+            "them.",
+        ),
+        (
+            bool(weights),
+            f"{weights} changes weights, or which of them train, behind the optimizer's back; leave it out, "
+            "model.sites says what is edited.",
+        ),
+        (
+            bool(turns),
+            f"{turns} would skip, repeat or join turns, and every edit is applied once; leave it out. data.turn_size "
+            "has the edits of a turn, data.micro_batch_tokens the memory.",
+        ),
         (
             trainer.accumulate_grad_batches != 1,
             f"accumulate_grad_batches={trainer.accumulate_grad_batches} would delay turns; "
@@ -50,6 +79,10 @@ def _rules(trainer: Any) -> list[tuple[bool, str]]:
         (
             trainer.max_epochs != 1,
             f"max_epochs={trainer.max_epochs}: a stream has no epochs; use max_epochs=1, with max_steps for a horizon.",
+        ),
+        (
+            trainer.max_steps == 0,
+            "max_steps=0 leaves no turn; it is the horizon in turns, -1 for the whole stream.",
         ),
         (
             trainer.min_epochs not in (None, 0, 1) or trainer.min_steps is not None,
@@ -82,6 +115,11 @@ def _rules(trainer: Any) -> list[tuple[bool, str]]:
             "lines; leave them out, TurnCheckpoint saves completed turns.",
         ),
     ]
+
+
+def _named(trainer: Any, *kinds: type) -> str:
+    """The trainer's callbacks of these classes by name; empty if it has none."""
+    return ", ".join(dict.fromkeys(type(c).__name__ for c in trainer.callbacks if isinstance(c, kinds)))
 
 
 def _shared_devices(trainer: Any) -> list[str]:

@@ -64,6 +64,10 @@ def test_fit_then_score_then_predict_then_export(
     answers = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     assert [answer["id"] for answer in answers] == [line["id"] for line in ledger(run)]
 
+    edited = (run / "predictions.jsonl").read_bytes()
+    main(["predict", *base, *where])
+    assert (run / "predictions.jsonl").read_bytes() == edited != (run / "predictions-base.jsonl").read_bytes()
+
     main(["export", f"--run={run}", f"--out={out}"])
     tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
     weight = model.get_submodule(LLAMA_SITE).weight
@@ -142,6 +146,56 @@ def test_files_laid_over_one_another_and_short_names(tmp_path: Path, base: list[
     names = [callback["class_path"].split(".")[-1] for callback in saved["trainer"]["callbacks"]]
     assert names == ["StabilityMonitor", "WarmUp", "EditEvaluation"]
     assert [line["phase"] for line in ledger(tmp_path / "run")] == ["warmup"] * 14 + ["edit"] * 8
+
+
+def test_a_callback_is_changed_by_its_name_and_named_again_is_replaced(
+    tmp_path: Path, base: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    listed = "{class_path: EditEvaluation, init_args: {sample_size: 7, seed: 3}}"
+    first.write_text(f"trainer: {{callbacks: [StabilityMonitor, {listed}]}}\n")
+    second.write_text("trainer:\n  callbacks: [EditEvaluation]\n")
+
+    def callbacks(*arguments: str) -> dict[str, dict]:
+        with pytest.raises(SystemExit) as stopped:
+            main(["fit", *base, *arguments, "--print_config"])
+        assert stopped.value.code == 0
+        printed = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
+        return {item["class_path"].split(".")[-1]: item["init_args"] for item in printed}
+
+    found = callbacks(
+        f"--config={first}",
+        "--trainer.callbacks.EditEvaluation.every_n_turns=4",
+        "--trainer.callbacks.TurnCheckpoint.keep",
+        "5",
+    )
+    assert list(found) == ["StabilityMonitor", "EditEvaluation", "TurnCheckpoint"]
+    assert {"sample_size": 7, "seed": 3, "every_n_turns": 4}.items() <= found["EditEvaluation"].items()
+    assert found["TurnCheckpoint"]["keep"] == 5
+
+    main(["fit", *base, f"--config={first}", "--trainer.callbacks+=EditEvaluation", "--trainer.callbacks.seed=9",
+          f"--run_dir={tmp_path / 'run'}", "--trainer.max_steps=1"])  # fmt: skip
+    assert "EditEvaluation is named twice: the later one replaces the first" in capsys.readouterr().err
+    saved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())["trainer"]["callbacks"]
+    assert [item["class_path"].split(".")[-1] for item in saved] == ["StabilityMonitor", "EditEvaluation"]
+    assert saved[1]["init_args"]["seed"] == 9 and saved[1]["init_args"]["sample_size"] == 200
+
+    with pytest.raises(SystemExit):
+        main(["fit", *base, f"--config={first}", f"--config={second}", "--print_config"])
+    said = capsys.readouterr().err
+    assert f"{second}, line 2: callbacks: replaces the list of {first} and drops StabilityMonitor; callbacks+:" in said
+
+
+def test_one_site_and_a_negative_number_need_no_brackets_and_no_equals_sign(
+    tmp_path: Path, llama_folder: str, stream_file: str, base: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "step_size must be positive, got -0.001" in fails(["fit", *base, "--model.step_size", "-1e-3"], capsys)
+    plain = [argument for argument in base if not argument.startswith("--model.sites")]
+    run = tmp_path / "run"
+    main(["fit", *plain, "--model.sites", LLAMA_SITE, f"--run_dir={run}", "--trainer.max_steps=1"])
+    assert next(iter(saved_state(run))) == f"model.{LLAMA_SITE}.weight"
+    assert results(run)["settings"]["model"]["sites"] == [LLAMA_SITE]
+    main(["export", f"--run={run}", f"--out={tmp_path / 'out'}"])
 
 
 def test_print_config_is_a_configuration_that_runs(

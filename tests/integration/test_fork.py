@@ -64,9 +64,16 @@ def test_a_fork_of_another_model_or_into_its_own_directory_is_refused(
     fit(tmp_path / "first", llama_folder, {"path": first})
     with pytest.raises(IncompatibleCheckpoint, match="base_model"):
         fit(tmp_path / "fork", llama_bf16_folder, {"path": second}, trainer=fork)
-    with pytest.raises(IncompatibleCheckpoint, match="sites"):
+    with pytest.raises(IncompatibleCheckpoint, match="sites") as raised:
         other = {"sites": ["model.layers.0.mlp.down_proj"]}
         fit(tmp_path / "fork", llama_folder, {"path": second}, other, trainer=fork)
+    assert "base_model " not in str(raised.value) and "leave out --fork_from" in str(raised.value)
+    with pytest.raises(IncompatibleCheckpoint, match="sites") as raised:
+        fit(tmp_path / "first", llama_folder, {"path": first}, other, ckpt_path="last")
+    assert "base_model " not in str(raised.value)
+    with pytest.raises(RunDirectoryError, match=f"--fork_from {tmp_path}/none: there is no such file"):
+        fit(tmp_path / "fork", llama_folder, {"path": second}, trainer={"fork_from": str(tmp_path / "none")})
+    assert not (tmp_path / "fork").exists()
     with pytest.raises(RunDirectoryError, match="a fork needs a run_dir of its own"):
         fit(tmp_path / "first", llama_folder, {"path": second}, trainer={**fork, "overwrite": True})
     assert len(ledger(tmp_path / "first")) == 16, "nothing was removed"

@@ -10,13 +10,15 @@ import pytest
 import torch
 from edit_runs import fit
 from safetensors.torch import load_file, save_file
+from tiny import LLAMA_SITE
 
 from stableedit_pl.callbacks import TurnCheckpoint
 from stableedit_pl.cli.command import main
 from stableedit_pl.cli.export import export_run
 from stableedit_pl.cli.verify import verify_run
 from stableedit_pl.errors import IncompatibleCheckpoint
-from stableedit_pl.run.files.directory import RunDirectoryError
+from stableedit_pl.run.files.directory import RunDirectory, RunDirectoryError
+from stableedit_pl.run.files.opening import Opening
 
 
 @pytest.fixture
@@ -135,6 +137,35 @@ def test_harm_is_found_and_the_exit_code_says_so(
     assert stopped.value.code == 1
     problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("PROBLEM")]
     assert any(said in line for line in problems), problems
+
+
+def test_others_may_read_beside_a_living_run_but_not_write(
+    run: Path, llama_folder: str, stream_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a line of the ledger half written, as it is for a moment."""
+    monkeypatch.setattr(sys, "argv", ["stableedit"])
+    with (run / "edits.jsonl").open("a") as file:
+        file.write('{"id": "e0-33", "tur')
+    asked = [f"--model.base_model={llama_folder}", f"--model.sites={LLAMA_SITE}", "--model.step_size=1e-3"]
+    asked += [
+        "--model.ridge=1",
+        "--model.passes=4",
+        f"--data.path={stream_file}",
+        "--data.turn_size=8",
+        "--data.micro_batch_size=3",
+    ]
+    asked += [f"--run_dir={run}", "--trainer.accelerator=cpu", "--ckpt_path=last"]
+    with Opening(RunDirectory(run), overwrite=False) as opening:
+        opening.first_turn()
+        main(["verify", f"--run={run}"])
+        main(["export", f"--run={run}", f"--out={run.parent / 'out'}"])
+        main(["predict", *asked])
+        with pytest.raises(SystemExit) as stopped:
+            main(["fit", *asked])
+        assert stopped.value.code == 1 and "is in use by another run" in capsys.readouterr().err
+        assert RunDirectory(run).lock.exists()
+    main(["fit", *asked])
+    assert verify_run(str(run)).problems == []
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:

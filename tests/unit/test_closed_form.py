@@ -323,6 +323,16 @@ def test_the_last_weight_in_range_is_not_refused(master: bool) -> None:
         assert bool(torch.isfinite(site.weight).all()) is fits
 
 
+def test_callbacks_see_the_step_size_as_learning_rate_also_after_an_older_checkpoint() -> None:
+    bench = Bench()
+    optimizer = ClosedFormEdit(bench.sites, bench.state, lambda: bench.next, lr=0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25]
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["lr"]
+    optimizer.load_state_dict(saved)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25]
+
+
 # ---- passes
 
 

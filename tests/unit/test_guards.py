@@ -10,7 +10,20 @@ from typing import Any
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelPruning,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+    Timer,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import StrategyRegistry
 
 from stableedit_pl.devices.rank_strategy import RankStrategy
@@ -81,6 +94,7 @@ def test_what_a_stream_can_use_passes(changes: dict[str, Any], tmp_path: Path) -
         ({"max_epochs": -1}, "max_epochs=-1", "max_steps for a horizon"),
         ({"max_epochs": None, "max_steps": 5}, "max_epochs=None", "max_epochs=1"),
         ({"max_epochs": None}, "max_epochs=None", "max_epochs=1"),
+        ({"max_steps": 0}, "max_steps=0 leaves no turn", "-1 for the whole stream"),
         ({"min_steps": 5}, "min_epochs and min_steps have no meaning", "leave them out"),
         ({"min_epochs": 2, "max_epochs": 2}, "min_epochs and min_steps", "leave them out"),
     ],
@@ -158,6 +172,37 @@ def test_saving_on_an_exception_is_refused(tmp_path: Path) -> None:
 def test_the_callback_that_saves_on_an_exception_is_refused(tmp_path: Path) -> None:
     made = trainer(callbacks=[OnExceptionCheckpoint(tmp_path)], default_root_dir=str(tmp_path))
     assert any("exception" in line.lower() for line in refusals(made))
+
+
+@pytest.mark.parametrize(
+    ("callback", "why"),
+    [
+        (EMAWeightAveraging(), "EMAWeightAveraging puts averaged weights in place of the edited ones"),
+        (WeightAveraging(), "WeightAveraging puts averaged weights"),
+        (StochasticWeightAveraging(1e-2), "StochasticWeightAveraging puts averaged weights"),
+        (ModelPruning("l1_unstructured"), "ModelPruning changes weights"),
+        (BackboneFinetuning(), "BackboneFinetuning changes weights, or which of them train"),
+        (GradientAccumulationScheduler({0: 2}), "GradientAccumulationScheduler would skip, repeat or join turns"),
+        (LearningRateFinder(), "LearningRateFinder would skip, repeat or join turns"),
+        (BatchSizeFinder(), "BatchSizeFinder would skip, repeat or join turns"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_callbacks_that_change_weights_or_turns_are_refused(callback: Any, why: str, tmp_path: Path) -> None:
+    found = [line for line in refusals(trainer(callbacks=[callback], default_root_dir=str(tmp_path))) if why in line]
+    assert len(found) == 1 and "leave it out" in found[0]
+
+
+def test_callbacks_that_only_look_pass(tmp_path: Path) -> None:
+    check_trainer(trainer(callbacks=[LearningRateMonitor(), Timer()], logger=True, default_root_dir=str(tmp_path)))
+
+
+def test_the_edit_trainer_refuses_before_anything_is_loaded_or_made(tmp_path: Path) -> None:
+    """WeightAveraging copies the model in its own setup."""
+    made = EditTrainer(run_dir=str(tmp_path / "run"), accelerator="cpu", callbacks=[EMAWeightAveraging()])
+    with pytest.raises(MisconfigurationException, match="EMAWeightAveraging"):
+        made.fit(None)  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
 
 
 def test_all_problems_come_in_one_message() -> None:

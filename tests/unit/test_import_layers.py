@@ -39,16 +39,18 @@ MOST_MODULES = 16
 LIGHTNING = {
     *("cli.edit_cli", "trainer", "callbacks", "editor", "run.results", "run.curves", "run.guards", "run.scored_model"),
     *("run.files.checkpoint_io", "data.stream", "model.editable_model", "devices.rank_strategy"),
-    "devices.sharded_strategy",
+    *("devices.sharded_strategy", "run.logger_history"),
 }
 TRANSFORMERS = {"model.loading", "model.asking", "model.sites", "model.files.base_files"}
 TORCHMETRICS = {"model.scoring"}
 TORCH_FREE = {
     *("cli.command", "cli.front_page", "cli.screen", "cli.plain_verbs", "cli.edit_cli", "data.readers"),
+    *("cli.interrupts", "cli.named_callbacks", "cli.parse_errors", "cli.settings_files"),
     *("data.records", "data.record_encoding", "data.row_digest", "demo", "errors", "model.micro_batches"),
     *("devices.rank_watch", "run.report", "run.stop_signals", "run.slurm", "run.freed_memory", "run.curves"),
     *("run.guards", "run.scored_model", "run.files.directory", "run.files.integrity", "run.files.ledger"),
-    *("run.files.plain", "run.files.results_file", "__main__", "trainer"),
+    *("run.files.plain", "run.files.results_file", "run.files.lock", "run.files.opening", "run.logger_history"),
+    *("__main__", "trainer"),
 }
 """Which modules may import what; a module that is not torch-free may import torch."""
 

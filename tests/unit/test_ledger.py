@@ -90,3 +90,12 @@ def test_the_hash_is_of_the_content_and_of_all_before() -> None:
     assert chained("", {"a": 1}) != chained("0", {"a": 1})
     assert chained("", {"a": 1}) != chained("", {"a": 2})
     assert len(chained("", {})) == 32
+
+
+def test_a_line_that_is_being_written_is_none_yet(tmp_path: Path) -> None:
+    """Beside a living run, or after a kill."""
+    path = tmp_path / "l.jsonl"
+    positions = written(path)
+    with path.open("a") as file:
+        file.write('{"id": "half')
+    assert [position for _, position in read_ledger(path)][-1] == positions[-1]

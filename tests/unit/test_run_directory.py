@@ -48,6 +48,14 @@ def started(path: Path) -> RunDirectory:
     return run
 
 
+def start(run: RunDirectory, resuming_from: Path | None, overwrite: bool) -> None:
+    """What a start does to the directory, in its order."""
+    run.refuse(resuming_from, overwrite)
+    run.make()
+    if resuming_from is None and run.holds_run():
+        run.clear()
+
+
 # ---- names
 
 
@@ -62,6 +70,18 @@ def test_everything_lies_directly_in_the_directory(tmp_path: Path) -> None:
     }
     assert run.last_checkpoint == run.path / "checkpoints" / "last.ckpt"
     assert not run.path.exists()  # asking for names makes nothing
+
+
+def test_answers_are_named_for_whose_they_are(tmp_path: Path) -> None:
+    """Asking the base model does not overwrite what the edited one said."""
+    run = started(tmp_path)
+    asked: list[str | Path | None] = ["last", run.last_checkpoint, run.checkpoints / "turn=5.ckpt", None]
+    names = [run.predictions_of(ckpt_path).name for ckpt_path in asked]
+    assert names == ["predictions.jsonl"] * 2 + ["predictions-turn=5.jsonl", "predictions-base.jsonl"]
+    for name in names:
+        (tmp_path / name).write_text("old")
+    run.clear()
+    assert not list(tmp_path.glob("predictions*"))
 
 
 def test_a_tilde_is_the_home_directory(monkeypatch: Any, tmp_path: Path) -> None:
@@ -82,7 +102,7 @@ def test_configs_of_resumed_runs_are_numbered(tmp_path: Path) -> None:
 def test_a_new_run_makes_its_directory(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "a" / "b")
     assert not run.holds_run()
-    run.prepare(None, overwrite=False)
+    start(run, None, overwrite=False)
     assert run.path.is_dir() and list(run.path.iterdir()) == []
 
 
@@ -92,7 +112,7 @@ def test_a_directory_that_holds_a_run_is_refused_and_left_alone(tmp_path: Path, 
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text("old")
     with pytest.raises(RunDirectoryError) as raised:
-        run.prepare(None, overwrite=False)
+        start(run, None, overwrite=False)
     message = str(raised.value)
     assert message.startswith(f"{tmp_path} already holds a run.")
     assert all(way in message for way in ("--ckpt_path last", "another --run_dir", "--overwrite true"))
@@ -104,7 +124,7 @@ def test_a_run_that_failed_before_its_first_turn_is_no_run(tmp_path: Path) -> No
     run.config.write_text("old")
     run.ledger.write_text("")
     assert not run.holds_run()
-    run.prepare(None, overwrite=False)
+    start(run, None, overwrite=False)
     assert run.config.read_text() == "old", "without --overwrite nothing is removed"
     assert run.next_config().name == "config-2.yaml"
 
@@ -115,14 +135,14 @@ def test_files_of_a_directory_without_a_run_are_not_removed_unasked(tmp_path: Pa
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
     with contextlib.suppress(RunDirectoryError):  # refusing is as good
-        RunDirectory(tmp_path).prepare(None, overwrite=False)
+        start(RunDirectory(tmp_path), None, overwrite=False)
     assert (tmp_path / name).exists()
 
 
 def test_other_peoples_files_are_no_run(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    RunDirectory(tmp_path).prepare(None, overwrite=False)
-    RunDirectory(tmp_path).prepare(None, overwrite=True)
+    start(RunDirectory(tmp_path), None, overwrite=False)
+    start(RunDirectory(tmp_path), None, overwrite=True)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
@@ -132,7 +152,7 @@ def test_overwrite_removes_the_run_and_only_the_run(tmp_path: Path) -> None:
         (tmp_path / name).write_text("mine")
     (tmp_path / "exported").mkdir()
     (tmp_path / "exported" / "config.yaml").write_text("mine")
-    run.prepare(None, overwrite=True)
+    start(run, None, overwrite=True)
     assert {file.name for file in tmp_path.iterdir()} == {"notes.txt", "edits.jsonl.bak", "figure.png", "exported"}
     assert (tmp_path / "exported" / "config.yaml").read_text() == "mine"
     assert not run.holds_run()
@@ -141,7 +161,7 @@ def test_overwrite_removes_the_run_and_only_the_run(tmp_path: Path) -> None:
 def test_overwrite_leaves_checkpoints_that_no_run_wrote(tmp_path: Path) -> None:
     run = started(tmp_path)
     (run.checkpoints / "epoch=3.ckpt").write_text("mine")
-    run.prepare(None, overwrite=True)
+    start(run, None, overwrite=True)
     assert (run.checkpoints / "epoch=3.ckpt").exists()
 
 
@@ -149,12 +169,12 @@ def test_overwrite_leaves_checkpoints_that_no_run_wrote(tmp_path: Path) -> None:
 def test_overwrite_leaves_configurations_that_no_run_wrote(tmp_path: Path, name: str) -> None:
     run = started(tmp_path)
     (tmp_path / name).write_text("mine")
-    run.prepare(None, overwrite=True)
+    start(run, None, overwrite=True)
     assert (tmp_path / name).exists()
 
 
 def test_overwrite_needs_a_run_to_overwrite(tmp_path: Path) -> None:
-    RunDirectory(tmp_path / "new").prepare(None, overwrite=True)
+    start(RunDirectory(tmp_path / "new"), None, overwrite=True)
     assert (tmp_path / "new").is_dir()
 
 
@@ -196,22 +216,56 @@ def test_a_file_is_that_file(tmp_path: Path, kind: Any) -> None:
 @pytest.mark.parametrize("missing", ["checkpoints/turn=6.ckpt", "checkpoints", "best", "hpc"])
 def test_a_file_that_is_none_is_refused(tmp_path: Path, missing: str) -> None:
     run = started(tmp_path)
-    with pytest.raises(RunDirectoryError, match="there is no such file"):
+    with pytest.raises(RunDirectoryError) as raised:
         run.checkpoint(tmp_path / missing)
+    assert ("it is a directory" if missing == "checkpoints" else "there is no such file") in str(raised.value)
+    assert "has turn=5.ckpt" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("purpose", "said"),
+    [
+        (
+            run_directory.ASK,
+            "--ckpt_path last: {run} does not exist, so there is no edited model to ask. Check --run_dir",
+        ),
+        (run_directory.EXPORT, "--run {run}: does not exist, so there is nothing to export. Give the directory"),
+        (
+            run_directory.FORK,
+            "--fork_from {run}: does not exist, so there is nothing to start from. Give the directory",
+        ),
+    ],
+    ids=["ask", "export", "fork"],
+)
+def test_each_verb_speaks_of_what_it_was_asked(tmp_path: Path, purpose: Any, said: str) -> None:
+    run = RunDirectory(tmp_path / "run")
+    with pytest.raises(RunDirectoryError) as raised:
+        run.checkpoint("last", purpose)
+    assert str(raised.value).startswith(said.format(run=run.path))
+    run = started(tmp_path / "run")
+    for file in run.checkpoints.iterdir():
+        file.write_text("damaged")
+    with pytest.raises(RunDirectoryError, match="every checkpoint") as raised:
+        run.checkpoint("last", purpose)
+    assert "--overwrite" not in str(raised.value) and "resume" not in str(raised.value)
+    with pytest.raises(RunDirectoryError) as raised:
+        run.checkpoint(tmp_path / "none.ckpt", purpose)
+    option = "--fork_from" if purpose is run_directory.FORK else "--ckpt_path"
+    assert str(raised.value).startswith(f"{option} {tmp_path}/none.ckpt: there is no such file.")
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_resuming_keeps_everything(tmp_path: Path, overwrite: bool) -> None:
     run = started(tmp_path)
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    run.prepare(run.last_checkpoint, overwrite)
+    start(run, run.last_checkpoint, overwrite)
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
 def test_resuming_elsewhere_is_refused_naming_both_places(tmp_path: Path) -> None:
     old = started(tmp_path / "old")
     with pytest.raises(RunDirectoryError) as raised:
-        RunDirectory(tmp_path / "new").prepare(old.last_checkpoint, overwrite=False)
+        start(RunDirectory(tmp_path / "new"), old.last_checkpoint, overwrite=False)
     assert str(tmp_path / "old") in str(raised.value) and f"--run_dir is {tmp_path / 'new'}" in str(raised.value)
     assert not (tmp_path / "new").exists()
 
@@ -219,9 +273,9 @@ def test_resuming_elsewhere_is_refused_naming_both_places(tmp_path: Path) -> Non
 def test_the_same_place_by_another_name_is_the_same_place(tmp_path: Path, monkeypatch: Any) -> None:
     run = started(tmp_path / "run")
     (tmp_path / "link").symlink_to(tmp_path / "run")
-    RunDirectory(tmp_path / "link").prepare(run.last_checkpoint, overwrite=False)
+    start(RunDirectory(tmp_path / "link"), run.last_checkpoint, overwrite=False)
     monkeypatch.chdir(tmp_path)
-    RunDirectory("run").prepare(Path("run/checkpoints/last.ckpt"), overwrite=False)
+    start(RunDirectory("run"), Path("run/checkpoints/last.ckpt"), overwrite=False)
 
 
 # ---- atomic files

@@ -84,6 +84,21 @@ def test_a_backward_range_is_refused() -> None:
         expand_ranges("a.{4..2}.b")
 
 
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("model.layers.{1..4}.mlp.down_proj", "which has layers 0..3. Near"),
+        ("model.layers.7.mlp.*_proj", "which has layers 0..3. Near"),
+        ("model.layers.7.mlp.downproj", "of this model. Near"),
+        ("model.layers.{0..1}.mlp.down.{2..3}", "of this model. Near"),
+    ],
+)
+def test_a_layer_beyond_the_model_says_which_there_are(llama: Any, pattern: str, said: str) -> None:
+    with pytest.raises(SiteError) as raised:
+        resolve_sites(llama, [pattern])
+    assert said in str(raised.value)
+
+
 def test_no_match_lists_near_ones(llama: Any) -> None:
     with pytest.raises(SiteError) as raised:
         resolve_sites(llama, ["model.layers.1.mlp.down_porj"])

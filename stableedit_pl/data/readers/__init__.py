@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from stableedit_pl.data.readers.layouts import LAYOUTS, Layout, is_absent
 from stableedit_pl.data.readers.parser import RowParser
+from stableedit_pl.data.readers.recognition import find_rows
 from stableedit_pl.data.readers.rows import file_checksum, iterate_rows
 from stableedit_pl.data.records import DataError, EditRecord, Problem, list_problems
 
@@ -21,7 +21,9 @@ DATASETS: tuple[str, ...] = tuple(LAYOUTS)
 _log = logging.getLogger(__name__)
 
 
-def read_records(dataset: str, path: str | Path, *, on_bad_row: Literal["raise", "skip"] = "raise") -> list[EditRecord]:
+def read_records(
+    dataset: str, path: str | Path, *, on_bad_row: Literal["raise", "skip"] = "raise", most: int | None = None
+) -> list[EditRecord]:
     """Read a data set.
 
     Texts are kept as they stand: ZsRE's `nq question: ` stays, and no question mark is appended to a locality
@@ -32,6 +34,7 @@ def read_records(dataset: str, path: str | Path, *, on_bad_row: Literal["raise",
         path: File in UTF-8; JSONL for `edits`, JSONL or a JSON array for the others.
         on_bad_row: `raise` refuses the file if any row is bad and lists all of them; `skip` leaves bad rows out and
             logs how many and which. A file in which no row is good is refused either way.
+        most: Stop behind so many records; what comes after is not looked at. None for all.
 
     Returns:
         One record per row, in file order.
@@ -47,8 +50,8 @@ def read_records(dataset: str, path: str | Path, *, on_bad_row: Literal["raise",
     problems: list[Problem] = []
     places: dict[str, str] = {}
     lacking = dict.fromkeys(layout.expected(), 0)
-    other = None
-    for row in iterate_rows(path, allow_array=not layout.is_own):
+    unlike: object = None
+    for row in iterate_rows(path, allow_array=not layout.is_own, dataset=dataset):
         if row.problem:
             problems.append(row.problem)
             continue
@@ -56,7 +59,8 @@ def read_records(dataset: str, path: str | Path, *, on_bad_row: Literal["raise",
         record = parser.parse()
         if record is None:
             problems += parser.problems
-            other = other or _other_dataset(row.fields, layout)
+            if unlike is None and not layout.accepts(row.fields):
+                unlike = [row.fields] if row.place.startswith("element") else row.fields
         elif record.id in places:
             problems.append(_duplicate(record, layout, row.place, places[record.id]))
         else:
@@ -64,8 +68,10 @@ def read_records(dataset: str, path: str | Path, *, on_bad_row: Literal["raise",
             records.append(record)
             for field in lacking:
                 lacking[field] += is_absent(row.fields, field)
+            if len(records) == most:
+                break
     if problems and (on_bad_row == "raise" or not records):
-        raise DataError(path, problems, _hint(bool(records), other))
+        raise DataError(path, problems, _hint(bool(records), unlike, dataset, path))
     if problems:
         _warn_left_out(path, problems, len(records))
     elif not records:
@@ -91,16 +97,15 @@ def _duplicate(record: EditRecord, layout: Layout, place: str, first: str) -> Pr
     return Problem(problem, remedy, layout.id, record.row, place)
 
 
-def _other_dataset(fields: Mapping[str, object], layout: Layout) -> str | None:
-    if layout.accepts(fields):
-        return None
-    return next((name for name, candidate in LAYOUTS.items() if candidate.accepts(fields)), None)
-
-
-def _hint(any_good: bool, other: str | None) -> str:
-    if not any_good:
-        return f'No row is good: these look like rows of the data set "{other}".' if other else ""
-    return "To use the other rows, set on_bad_row to skip (--data.on_bad_row skip): it lists those left out."
+def _hint(any_good: bool, unlike: object, dataset: str, path: str | Path) -> str:
+    if any_good:
+        return "To use the other rows, set on_bad_row to skip (--data.on_bad_row skip): it lists those left out."
+    found = None if unlike is None else find_rows(unlike)
+    if found is None or (found.dataset is None and not LAYOUTS[dataset].names.isdisjoint(found.fields)):
+        return ""  # of this data set, but for what the problems say
+    under = "" if found.path in (".", ".[]") else f" under {found.path}"
+    remedy = f" {found.remedy(dataset, path, by_line=not isinstance(unlike, list))}" if found.dataset else ""
+    return f"No row is good. There are objects{under} {found}.{remedy}"
 
 
 def _warn_left_out(path: str | Path, problems: list[Problem], good: int) -> None:

@@ -53,6 +53,11 @@ class Layout:
         """
         return find(fields, self.prompt) is not MISSING and any(find(fields, t) is not MISSING for t in self.target)
 
+    @property
+    def names(self) -> set[str]:
+        """First parts of the names of prompt and target."""
+        return {name.partition(".")[0] for name in (self.prompt, *self.target)}
+
     def expected(self) -> dict[str, str]:
         """Name the fields without which a row is scored on less than the data set offers.
 

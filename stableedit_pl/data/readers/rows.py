@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from stableedit_pl.data.readers.recognition import find_rows
 from stableedit_pl.data.records import DataError, Problem, kind_of
 
 _BLANK = re.compile(r"[ \t\r\n]*")
@@ -52,7 +53,7 @@ def file_checksum(path: str | Path) -> str:
         raise DataError(path, [_unreadable(Path(path), error)]) from error
 
 
-def iterate_rows(path: str | Path, allow_array: bool = True) -> Iterator[Row]:
+def iterate_rows(path: str | Path, allow_array: bool = True, dataset: str = "edits") -> Iterator[Row]:
     """Go through the rows of a JSON array or of a JSONL file; the first character tells which.
 
     A broken line spoils one row of a JSONL file. A broken place in an array spoils the rest of the file, because
@@ -61,6 +62,7 @@ def iterate_rows(path: str | Path, allow_array: bool = True) -> Iterator[Row]:
     Args:
         path: File in UTF-8.
         allow_array: Whether a JSON array is accepted.
+        dataset: The data set that is expected, for what is said of other files.
 
     Yields:
         Rows in file order; blank lines are none.
@@ -73,6 +75,7 @@ def iterate_rows(path: str | Path, allow_array: bool = True) -> Iterator[Row]:
     if start == len(text):
         raise DataError(path, [Problem("is empty", "Check that it was written or copied in full.")])
     if text[start] != "[":
+        _refuse_one_object(path, text, start, dataset)
         yield from _jsonl_rows(text)
     elif allow_array:
         yield from _array_rows(path, text, start + 1)
@@ -81,7 +84,37 @@ def iterate_rows(path: str | Path, allow_array: bool = True) -> Iterator[Row]:
             "Write one JSON object per line: remove the enclosing [ ] and the commas between rows, or convert it "
             "with `jq -c '.[]'`."
         )
+        first = next(_array_rows(path, text, start + 1), None)
+        found = None if first is None or first.problem else find_rows([first.fields])
+        if found is not None and found.dataset != "edits":
+            remedy = f"It has rows {found}. {found.remedy(dataset, path)}"
         raise DataError(path, [Problem("is a JSON array, but this data set is JSONL", remedy)])
+
+
+def _refuse_one_object(path: str | Path, text: str, start: int, dataset: str) -> None:
+    """Refuse a file that is one object over several lines, and say what is in it; anything else is JSONL.
+
+    Raises:
+        DataError: If it is.
+    """
+    line = text[start : text.find("\n", start) % (len(text) + 1)]
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        pass
+    else:
+        return
+    try:
+        whole = json.loads(text[start:])
+    except (ValueError, RecursionError):
+        return
+    found = find_rows(whole)
+    names = ", ".join(f'"{name}"' for name in list(whole)[:5]) + (", ..." if len(whole) > 5 else "")
+    problem = f"is one JSON object over several lines, with {names or 'nothing in it'}"
+    remedy = "Write one row a line."
+    if found is not None:
+        remedy = f"It has rows {found}. {found.remedy(dataset, path)}"
+    raise DataError(path, [Problem(problem, remedy)])
 
 
 class _Decoder:

@@ -105,6 +105,8 @@ class Ledger:
 def read_ledger(path: Path) -> Iterator[tuple[dict[str, Any], Position]]:
     """Entries of a ledger, each with the position after it, the chain checked on the way.
 
+    A last line without its end is no entry yet: the run is writing it, or was killed while it did.
+
     Raises:
         LedgerError: at the first line that is no JSON object or breaks the chain.
     """
@@ -112,6 +114,8 @@ def read_ledger(path: Path) -> Iterator[tuple[dict[str, Any], Position]]:
     with path.open("rb") as file:
         for line in file:
             number = position.lines + 1
+            if not line.endswith(b"\n"):
+                return
             try:
                 entry = json.loads(line)
                 given = entry["hash"]

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stableedit_pl.errors import IncompatibleCheckpoint, refuse_differences
+from stableedit_pl.errors import GO_ON, IncompatibleCheckpoint, refuse_differences
 from stableedit_pl.method.statistics import LNStatistics
 from stableedit_pl.model.sites import Site
 
@@ -73,7 +73,11 @@ def stored_identity(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_other_run(
-    source: str, stored: Mapping[str, Any], now: Mapping[str, Any], only: Sequence[str] | None = None
+    source: str,
+    stored: Mapping[str, Any],
+    now: Mapping[str, Any],
+    only: Sequence[str] | None = None,
+    remedy: str = GO_ON,
 ) -> None:
     """Hold what a checkpoint says of its run against the run that loads it.
 
@@ -82,6 +86,7 @@ def refuse_other_run(
         stored: its :func:`stored_identity`.
         now: ``fingerprint`` and ``base_commit`` of the run that loads it, and ``precision`` where it matters.
         only: names of the fingerprint that must agree; None for all.
+        remedy: what to do about it.
 
     Raises:
         IncompatibleCheckpoint: listing what differs; where it is the base model's weights, with the hub's commits.
@@ -91,12 +96,14 @@ def refuse_other_run(
         # Checkpoints of before hold a digest of the configuration and of the edited weights alone.
         theirs.pop("base_weights", None)
         ours.pop("base_weights")
+    if theirs["sites"] != ours["sites"]:
+        theirs["base_model"] = ours["base_model"]  # a digest that depends on the sites
     if "precision" in now:
         theirs["precision"], ours["precision"] = stored["precision"], now["precision"]
     if only is not None:
         theirs, ours = ({name: value for name, value in names.items() if name in only} for names in (theirs, ours))
     try:
-        refuse_differences(source, theirs, ours)
+        refuse_differences(source, theirs, ours, remedy)
     except IncompatibleCheckpoint as error:
         old, new = stored.get("base_commit"), now["base_commit"]
         if theirs.get("base_weights") == ours.get("base_weights"):
