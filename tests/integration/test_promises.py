@@ -161,7 +161,7 @@ def test_a_model_edited_in_memory_is_scored_like_one_from_a_checkpoint(
         return dict(trainer.test(editor, datamodule=EditStream(path=stream_file), ckpt_path=ckpt_path)[0])
 
     def new() -> LifelongEditor:
-        return LifelongEditor(base_model=llama_folder, sites=[LLAMA_SITE], step_size=1e-2, ridge=1.0)
+        return LifelongEditor(**editor.hparams)
 
     editor = fit(tmp_path / "run", llama_folder, {"path": stream_file}, {"step_size": 1e-2})
     retained = results(tmp_path / "run")["retained"]
