@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from edit_runs import fit
+from edit_runs import PASSES, fit
 from safetensors.torch import load_file, save_file
 from tiny import LLAMA_SITE, edit_rows, write_stream
 
@@ -225,6 +225,7 @@ def options(llama_folder: str, path: str, run: Path) -> list[str]:
         f'--model.sites=["{LLAMA_SITE}"]',
         "--model.step_size=1e-3",
         "--model.ridge=1.0",
+        f"--model.passes={PASSES}",
         f"--data.path={path}",
         "--data.turn_size=8",
         "--trainer.accelerator=cpu",
