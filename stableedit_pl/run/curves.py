@@ -18,11 +18,13 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         ],
         "At edit: does an edit work right after its turn?": ["Multiline", ["editing/at_edit_efficacy"]],
         "Loss of a turn's edits, before and after": ["Multiline", ["editing/loss_before", "editing/loss_after"]],
+    },
+    "2 passes": {
         "Loss of a turn's edits as each of its passes found it": ["Multiline", ["passes/loss_.*"]],
         "Their token match as each pass found it": ["Multiline", ["passes/token_match_.*"]],
         "Passes of a turn": ["Multiline", ["passes/used"]],
     },
-    "2 stability": {
+    "3 stability": {
         "Size of each update": ["Multiline", ["stability/update_norm/.*"]],
         "Growth of the edited weights, |W| / |W_0|": ["Multiline", ["stability/weight_norm_ratio/.*"]],
         "Cosine of an update to the one before, and to the sum of all": [
@@ -31,7 +33,7 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         ],
         "Fraction of the update that the weight's dtype kept": ["Multiline", ["stability/survived/.*"]],
     },
-    "3 normalization": {
+    "4 normalization": {
         "Rows in the moments": ["Multiline", ["normalization/rows/.*"]],
         "Condition number of the value gradients' covariance": ["Multiline", ["normalization/condition_number/.*"]],
         "Its extreme eigenvalues": [
@@ -39,7 +41,7 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
             ["normalization/largest_eigenvalue/.*", "normalization/smallest_eigenvalue/.*"],
         ],
     },
-    "4 cost": {
+    "5 cost": {
         "Seconds per turn": ["Multiline", ["cost/seconds_[a-o].*", "cost/seconds_plan", "cost/seconds_score"]],
         "Seconds per pass": ["Multiline", ["cost/seconds_pass_.*"]],
         "Edits per second": ["Multiline", ["cost/edits_per_second"]],

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from stableedit_pl import callbacks
 from stableedit_pl.run.curves import LAYOUT, log_curves, tensorboard_writers
 
-GROUPS = ["editing", "stability", "normalization", "cost"]
+GROUPS = ["editing", "passes", "stability", "normalization", "cost"]
 CHARTS = [
     (page.split(" ", 1)[1], tag) for page, charts in LAYOUT.items() for _, tags in charts.values() for tag in tags
 ]

@@ -70,6 +70,7 @@ def test_scores_come_with_everything_that_changes_them(tmp_path: Path, monkeypat
         "mode": "statistics_only",
         "turns": 3,
         "normalization": "standardize",
+        "own_stream": False,
     }
     assert settings["checksums"] == {"path_sha256": "abc", "warmup_path_sha256": "def"}
     assert settings["processes"] == 2
