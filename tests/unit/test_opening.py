@@ -17,9 +17,8 @@ import os, sys, time
 from stableedit_pl.run.files.directory import RunDirectory
 from stableedit_pl.run.files.opening import Opening
 with Opening(RunDirectory(sys.argv[1]), overwrite=True):
-    child = os.fork()
-    if child:
-        print(child, flush=True)
+    if not os.fork():
+        print(os.getpid(), flush=True)
     time.sleep(60)
 """
 
