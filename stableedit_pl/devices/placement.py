@@ -115,7 +115,9 @@ class Needs:
         elif solver == "quadrature":  # nodes grow with the logarithm of the rows seen: those of the thousandth turn
             nodes = len(quadrature_nodes(1 + 1000 * rows / self.settings.prior_strength))
             flop += root_operations(rows, d_out, nodes)
-        return there, back, flop
+        # Each pass sends its rows, is solved, and is tried on.
+        passes = self.settings.passes
+        return there * passes, back * passes, flop * passes
 
 
 @dataclass(frozen=True)

@@ -253,7 +253,7 @@ def test_tensorboard_has_layout_settings_results_and_hparams(
     events.Reload()
     assert "custom_scalars__config__" in events.Tags()["tensors"]
     layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0].decode("utf-8", "ignore")
-    for group in ("1 editing", "2 stability", "3 normalization", "4 cost"):
+    for group in ("1 editing", "3 stability", "4 normalization", "5 cost"):
         assert group in layout
     texts = {tag for tag in events.Tags()["tensors"] if tag.endswith("text_summary")}
     assert texts == {"settings/text_summary", "results/text_summary"}

@@ -88,15 +88,16 @@ def test_host_memory_is_the_last_resort_and_says_what_it_costs(
     tmp_path: Path, llama_folder: str, stream_file: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     """8 edits of one or two answer tokens; 2 sites of 32 x 16 in float32, so that factors come back."""
-    needs = planned_bytes([(32, 16)], 12, masters=False).total
+    passes = 10  # the editor's default
+    needs = planned_bytes([(32, 16)], 12, masters=False, passes=passes).total
     model = sum(parameter.numel() * 4 for parameter in tiny_llama().parameters())
     editor = planned(tmp_path, llama_folder, stream_file, monkeypatch, [model + 1e3, needs + 1e3, 1e9])
     assert list(editor.state_devices.values()) == [GPU[1], HOST]
     (elsewhere, in_host) = [record.getMessage() for record in caplog.records if "oom for the" in record.getMessage()]
     assert "No room for the editor's state of model.layers.0.mlp.down_proj" in elsewhere and "cuda:1" in elsewhere
     assert f"No accelerator has room for the editor's state of {LLAMA_SITE}" in in_host
-    assert f"{size(4 * 12 * (32 + 16))} of keys and value gradients go to the host" in in_host
-    assert f"{size(12 * (4 * 32 + 8 * 16))} of update factors come back" in in_host
+    assert f"{size(passes * 4 * 12 * (32 + 16))} of keys and value gradients go to the host" in in_host
+    assert f"{size(passes * 12 * (4 * 32 + 8 * 16))} of update factors come back" in in_host
 
 
 def test_a_placement_without_room_is_refused_before_anything_is_loaded(

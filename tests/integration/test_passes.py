@@ -7,7 +7,7 @@ import torch
 from edit_runs import assert_same_state, curves, fit, ledger, results, saved_state
 from tiny import LLAMA_SITE, edit_rows, write_stream
 
-from stableedit_pl.callbacks import EditEvaluation, ProtectedDirections, RunAdvice, WarmUp
+from stableedit_pl.callbacks import EditEvaluation, ProtectedDirections, RunAdvice, WarmUp, run_advice
 from stableedit_pl.cli.verify import verify_run
 from stableedit_pl.errors import IncompatibleCheckpoint, SettingError
 from stableedit_pl.run.files.checkpoint_file import read_checkpoint
@@ -87,9 +87,11 @@ def test_edits_cannot_be_taken_from_the_stream_itself(tmp_path: Path, llama_fold
 
 
 def test_relative_settings_become_numbers_once_and_are_written_down_everywhere(
-    tmp_path: Path, llama_folder: str, stream_file: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, llama_folder: str, stream_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
+    printed: list[str] = []
+    monkeypatch.setattr(run_advice, "rank_zero_info", printed.append)
     editor = fit(run, llama_folder, {"path": stream_file}, RELATIVE, callbacks=[EditEvaluation(None)])
     scale = editor.state.scales[LLAMA_SITE]
     assert scale.step_size > 0 and scale.ridge > 0
@@ -99,8 +101,8 @@ def test_relative_settings_become_numbers_once_and_are_written_down_everywhere(
     marked = [line for line in ledger(run) if "scales" in line]
     assert [line["scales"] for line in marked] == [plain]
     assert {line["passes"] for line in ledger(run)} == {4} and results(run)["passes"] == 4
-    said = [record.message for record in caplog.records if "became step_size" in record.message]
-    assert len(said) == 1 and f"{scale.step_size:.4g}" in said[0] and "relative_step 0.1 and relative" in said[0]
+    (said,) = printed
+    assert f"became step_size {scale.step_size:.4g}" in said and "relative_step 0.1 and relative_ridge 0.05" in said
     points = curves(run)
     losses = [[value for _, value in points[f"passes/loss_{number}"]] for number in (1, 2, 3, 4)]
     assert all(later < earlier for earlier, later in zip(losses[0], losses[3], strict=True))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from edit_runs import assert_same_state, results, saved_state
+from edit_runs import PASSES, assert_same_state, results, saved_state
 from rank_runs import (
     FINAL_SCORES,
     ROOT,
@@ -32,7 +32,13 @@ from tiny import LLAMA_SITE
 def config(tmp_path: Path, llama_folder: str, warmup_file: str) -> Path:
     """Two sites, each solved at one rank."""
     sites = ["model.layers.0.mlp.down_proj", LLAMA_SITE]
-    model = {"base_model": llama_folder, "sites": sites, "step_size": 1e-3, "divide_algebra": "always"}
+    model = {
+        "base_model": llama_folder,
+        "sites": sites,
+        "step_size": 1e-3,
+        "passes": PASSES,
+        "divide_algebra": "always",
+    }
     settings = rank_settings(model, tmp_path / "edits.jsonl", warmup_file)
     settings["trainer"]["rank_timeout"] = 60
     file = tmp_path / "config.yaml"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from edit_runs import assert_same_state, curves, results, saved_state
+from edit_runs import PASSES, assert_same_state, curves, results, saved_state
 from rank_runs import STRUCK, alone, arguments, assert_same_run, rank_settings, together, weights_at
 from tiny import relative_difference, save_model, tiny_llama
 from transformers import AutoModelForCausalLM
@@ -51,7 +51,7 @@ def odd_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 def config(tmp_path: Path, odd_llama: str, warmup_file: str) -> Path:
     """33 edits in turns of 8, the fifth with one; a site divided by columns, two by rows; a layer below them all."""
     sites = ["model.layers.1.mlp.up_proj", "model.layers.{1..2}.mlp.down_proj"]
-    model = {"base_model": odd_llama, "sites": sites, "step_size": 1e-2}
+    model = {"base_model": odd_llama, "sites": sites, "step_size": 2e-3, "passes": PASSES}
     settings = rank_settings(model, tmp_path / "edits.jsonl", warmup_file, {"also_score": ["greedy_match"]})
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(settings))
