@@ -27,6 +27,12 @@ from rank_runs import (
 )
 from tiny import LLAMA_SITE
 
+from stableedit_pl.run.files.checkpoint_file import read_checkpoint
+
+
+def saved_guards(run: Path) -> dict[str, Any]:
+    return read_checkpoint(run / "checkpoints/last.ckpt")["stableedit"]["guards"]
+
 
 @pytest.fixture
 def config(tmp_path: Path, llama_folder: str, warmup_file: str) -> Path:
@@ -44,6 +50,16 @@ def config(tmp_path: Path, llama_folder: str, warmup_file: str) -> Path:
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(settings))
     return file
+
+
+def test_protected_directions_are_one_processs(tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the algebra would be divided: every rank solves all sites, whose left factors are not the keys."""
+    protected = "--trainer.callbacks+=ProtectedDirections"
+    alone(monkeypatch, arguments(config, tmp_path / "one", protected))
+    done = together(arguments(config, tmp_path / "two", protected, *ddp(2)))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "two", tmp_path / "one", weights_at(tmp_path / "one", 0))
+    assert saved_guards(tmp_path / "two").keys() == saved_guards(tmp_path / "one").keys() != set()
 
 
 @pytest.mark.parametrize("normalization", ["whiten", "standardize", "none"])
