@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stableedit_pl.data.record_encoding import EncodedRecord
+from stableedit_pl.data.stream import OWN_ROWS
 from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.method.guard import Guard
 from stableedit_pl.method.planning import BadTurn
@@ -65,14 +66,15 @@ class _SiteSet:
     lower: LowerOutputs
     statistics: LNStatistics
     first: Captured | None = None
-    passes: list[list[Pass]] = field(default_factory=list)
+    fed: int = 0
+    passes: dict[int, list[Pass]] = field(default_factory=dict)
     guards: dict[str, Guard] = field(default_factory=dict)
 
 
 class Bench:
     """Runs candidates on the same rows.
 
-    The statistics know these rows before the first turn, as in a run with a warm-up.
+    The statistics are fed from the first of these rows before the first turn, as in a run with a warm-up.
 
     Args:
         editor: its model is loaded and where it is to run.
@@ -109,6 +111,8 @@ class Bench:
         """Apply turns up to ``turns`` in all, and score all edits applied so far; the model is as before afterwards."""
         started = time.perf_counter()
         found = self._site_set(stream.candidate.sites)
+        while len(self._base) < turns:  # the unedited model's answers do not depend on the sites
+            self._base.append(self._answers(found, self.turns[len(self._base)]))
         method = {name: value for name, value in stream.candidate.settings().items() if name != "sites"}
         settings = replace(self.editor.settings, **method)
         with self._weights_of(stream, found.sites):
@@ -132,14 +136,14 @@ class Bench:
 
         def closure() -> Tensor:
             assert found.first is not None
-            captured.append(self._capture(at, found, found.passes[at]) if at else found.first)
+            captured.append(self._capture(at, found) if at else found.first)
             return captured[0].measured[0].mean()
 
         def given() -> StepInput:
-            return StepInput(captured[0], settings, True, again, count_rows=False)
+            return StepInput(captured[0], settings, True, again, count_rows=at >= found.fed)
 
         def again() -> Captured:
-            return self._capture(at, found, found.passes[at])
+            return self._capture(at, found)
 
         optimizer = ClosedFormEdit(found.sites, stream.state, given)
         optimizer.step(closure)
@@ -152,12 +156,15 @@ class Bench:
                 f"gradients promise {losses[0] - promised:.3g}"
             )
 
-    def _capture(self, turn: int, found: _SiteSet, earlier: list[Pass] | None = None) -> Captured:
-        """The turn's edits; the layers below the sites as the base model's capture kept them."""
+    def _capture(self, turn: int, found: _SiteSet) -> Captured:
+        """The turn's edits; the layers below the sites, which no edit changes, are run once for all streams."""
         encodings = [record.efficacy for record in self.turns[turn]]
         batches = self.batching([len(encoding.input_ids) for encoding in encodings])
         reduction = self.editor.loss_reduction
-        return capture(found.forward, found.sites, encodings, batches, self.editor.pad_id, reduction, earlier)
+        known = found.passes.get(turn)
+        captured = capture(found.forward, found.sites, encodings, batches, self.editor.pad_id, reduction, known)
+        found.passes[turn] = captured.passes
+        return captured
 
     def _site_set(self, patterns: tuple[str, ...]) -> _SiteSet:
         if patterns not in self._sets:
@@ -167,16 +174,16 @@ class Bench:
                 sites, self.editor.statistics_scope, {site.name: site.weight.device for site in sites}
             )
             found = _SiteSet(sites, forward, LowerOutputs(LOWER_MEGABYTES / 5), statistics)
-            for turn in range(len(self.turns)):
-                captured = self._capture(turn, found)
+            rows, enough = 0, OWN_ROWS * self.editor.hidden_size()
+            while rows < enough and found.fed < len(self.turns):
+                captured = self._capture(found.fed, found)
                 found.statistics = found.statistics.updated(captured.rows)
                 found.first = found.first or captured
-                found.passes.append(captured.passes)
+                found.fed += 1
+                rows += len(captured.rows[sites[0].name].keys)
             if self.protect is not None:
                 found.guards = self.protect(sites, forward)
             self._sets[patterns] = found
-            if not self._base:
-                self._base = [self._answers(found, turn) for turn in self.turns]
         return self._sets[patterns]
 
     def _answers(self, found: _SiteSet, turn: list[EncodedRecord]) -> list[RecordAnswers]:

@@ -78,7 +78,7 @@ def test_the_same_seed_finds_the_same_with_a_runs_scores(tmp_path: Path, llama_f
     best = one.best
     model = {**one.suggestion(), "sites": list(best.candidate.sites)}
     data = {"path": stream.warmup_path, "turn_size": 8, "micro_batch_size": None, "max_edits": 8 * best.turns}
-    fit(tmp_path / "check", llama_folder, data, model, callbacks=[WarmUp(mode="statistics_only", turns=4)])
+    fit(tmp_path / "check", llama_folder, data, model, callbacks=[WarmUp(mode="statistics_only")])
     retained = results(tmp_path / "check")["retained"]
     assert best.scores == pytest.approx({kind: retained[kind] for kind in best.scores}, abs=1e-6)
 
