@@ -11,6 +11,12 @@ from stableedit_pl.tune.outcome import Goal
 KEPT = 1 / 3
 """Part of a round's streams that goes on."""
 
+FIRST_ROUND = 0.6
+"""Share of the time in which candidates are begun; the first ones on each site set take the longest."""
+
+LEAST = 3
+"""Candidates that are begun on the slowest of machines: with fewer there is nothing to choose."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -45,7 +51,7 @@ def halve(
     Args:
         bench: runs streams.
         queue: what to try, in this order.
-        budget: the first round ends with its share of the time, and each later one has a share as large.
+        budget: candidates are begun for ``FIRST_ROUND`` of its time, and those that go on have the rest.
         goal: ranks streams.
         report: called after every stream with what is being done and all streams.
 
@@ -58,8 +64,8 @@ def halve(
     try:
         for candidate in queue:
             spent = time.perf_counter() - started
-            enough = spent >= budget.seconds / len(lengths) if budget.trials is None else len(streams) >= budget.trials
-            if streams and enough:
+            late = spent >= budget.seconds * FIRST_ROUND and len(streams) >= LEAST
+            if late if budget.trials is None else len(streams) >= budget.trials:
                 break
             stream = bench.begin(candidate)
             bench.advance(stream, lengths[0])
