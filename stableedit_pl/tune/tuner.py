@@ -23,6 +23,9 @@ from stableedit_pl.tune.outcome import Goal, TuneResult
 
 TuneRule = Literal["token_match", "exact_match"]
 
+MOST_EDITS = 50
+"""Of a turn: relative settings mean the same for larger ones, which would leave time for half as many candidates."""
+
 MOST_TURNS = 8
 """Of the longest streams: later turns add little to what a search can tell apart."""
 
@@ -70,7 +73,7 @@ def tune(
     editor.configure_model()
     encoder = RecordEncoder(editor.encoder(stream.count_bare_space), file)
     encoder.check(records)
-    turn_size = min(stream.turn_size, len(records) // 2)
+    turn_size = min(stream.turn_size, MOST_EDITS, len(records) // 2)
     records = records[: turn_size * MOST_TURNS]
     bench = Bench(
         editor,
