@@ -27,13 +27,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from benchmark_turn import SETTINGS, SHAPES, build, edits
+from benchmark_turn import RIDGE, SHAPES, STEP_SIZE, build, edits
 from measuring import machine, quiet
 from scaling_model import EIGHT_B, GPUS, Link, Parts, predicted
 
 from stableedit_pl.devices import ranks
 from stableedit_pl.devices.division import solve_together
 from stableedit_pl.method.problem import Problem, solve_all
+from stableedit_pl.method.settings import MethodSettings
 from stableedit_pl.method.statistics import LNStatistics
 from stableedit_pl.model import shared_capture as shares
 from stableedit_pl.model.capture import capture
@@ -106,7 +107,7 @@ def worker(rank: int, world: int, port: int, options: argparse.Namespace, folder
                 captured = capture_together(forward, sites, encodings, pieces, 0, "token_sum")[0]
             else:
                 captured = watch._timed("capture", capture)(forward, sites, encodings, pieces, 0)
-            given.append(StepInput(captured, SETTINGS, True))
+            given.append(StepInput(captured, MethodSettings(step_size=STEP_SIZE, ridge=RIDGE), True))
             return captured.measured[0].mean()
 
         optimizer.step(closure)

@@ -67,10 +67,10 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (copy / ".venv").symlink_to(sys.prefix)
     row = blocks("json")[0]
     (copy / "edits.jsonl").write_text(row, encoding="utf-8")
-    demo = (ROOT / "stableedit_pl/demo/warmup.jsonl").read_text().splitlines(keepends=True)
-    (copy / "other_edits.jsonl").write_text("".join(demo[:8]), encoding="utf-8")
     own = (ROOT / "configs/own_data.yaml").read_text()
     words = sorted(set(re.findall(r"[^\s\"]+", row)))  # the demo's tokenizer has not even all letters
+    others = [{"prompt": " ".join(words[i : i + 3]), "target": words[i + 4]} for i in range(8)]
+    (copy / "other_edits.jsonl").write_text("".join(json.dumps(other) + "\n" for other in others), encoding="utf-8")
     model = save_model(copy / "model", tiny_llama(vocab=len(words) + 4), word_tokenizer(words))
     own = own.replace("FOLDER_OR_HUB_ID", model).replace("PATH_TO_EDITS", "edits.jsonl")
     (copy / "my_run.yaml").write_text(
