@@ -6,7 +6,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 
-from stableedit_pl.data.ordinary_text import ordinary_text
+from stableedit_pl.data.ordinary_text import ordinary_text, text_file
+from stableedit_pl.data.readers import file_checksum
 from stableedit_pl.data.stream import EditStream
 from stableedit_pl.devices import ranks
 from stableedit_pl.editor import LifelongEditor
@@ -42,49 +43,53 @@ class ProtectedDirections(Callback):
             if not value > 0:
                 raise SettingError(f"ProtectedDirections.{name} must be positive, got {value}")
         self.path, self.weight, self.rank, self.tokens = path, weight, rank, tokens
+        self._text: str | None = None
+        self._began_with: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse models in parts.
+        """Tell the editor that directions are wanted.
 
         Raises:
-            MisconfigurationException: where ranks divide the weights, or the data is no EditStream.
+            MisconfigurationException: if the data is no EditStream.
         """
+        if isinstance(pl_module, LifelongEditor):
+            pl_module.guarded = True
         if stage == "fit" and not isinstance(trainer.datamodule, EditStream):  # type: ignore[attr-defined]
             raise MisconfigurationException("ProtectedDirections needs an EditStream as the data module")
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must share; the directions themselves are the editor's."""
-        return {"weight": self.weight, "rank": self.rank, "tokens": self.tokens}
+        return {"weight": self.weight, "rank": self.rank, "tokens": self.tokens, "text": self._text}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Hold the settings against those of the run.
-
-        Raises:
-            IncompatibleCheckpoint: if they differ.
-        """
-        if state_dict != self.state_dict():
-            raise IncompatibleCheckpoint(
-                f"the run has ProtectedDirections with {state_dict}, now they are {self.state_dict()}: go on with the "
-                "old ones, or start a new run with --fork_from"
-            )
+        """Take over what the run began with, to be held against the settings once the data is there."""
+        self._began_with = state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: LifelongEditor) -> None:  # type: ignore[override]
         """Find the directions of a new run.
 
         Raises:
-            IncompatibleCheckpoint: if the run began without them.
+            IncompatibleCheckpoint: if the run began without them, with another text or other settings.
+            MisconfigurationException: where ranks divide the weights.
         """
+        stream = trainer.datamodule  # type: ignore[attr-defined]
+        self._text = file_checksum(text_file(stream, self.path))
         guards = pl_module.state.guards
         if not guards and trainer.global_step > 0:
             raise IncompatibleCheckpoint(
                 "the run began without ProtectedDirections: go on without, or start a new run with --fork_from"
             )
         if guards:
+            if self._began_with != self.state_dict():
+                raise IncompatibleCheckpoint(
+                    f"the run has ProtectedDirections with {self._began_with}, now they are {self.state_dict()} (text: "
+                    "a digest of its file): go on with the old ones, or start a new run with --fork_from"
+                )
             return
         if any(site.shard.sharded for site in pl_module.sites):
             raise MisconfigurationException("ProtectedDirections needs whole weights: not under strategy sharded")
         with pl_module.forward_context():
-            found = self.guards(pl_module, trainer.datamodule, pl_module.sites, pl_module.partial_forward)  # type: ignore[attr-defined]
+            found = self.guards(pl_module, stream, pl_module.sites, pl_module.partial_forward)
         for name, guard in found.items():
             # Those of the first rank, whatever another processor makes of the text.
             guards[name] = guard if ranks.world() == 1 else Guard(**ranks.broadcast(vars(guard)))

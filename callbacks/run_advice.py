@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from stableedit_pl.editor import LifelongEditor
 from stableedit_pl.errors import SettingError
 from stableedit_pl.method.settings import PAIRS, MethodSettings
+from stableedit_pl.model.asking import ScoringRule
 from stableedit_pl.run.files.directory import RunDirectory
 from stableedit_pl.run.files.results_file import read_results
 from stableedit_pl.run.report import TurnReport
@@ -50,14 +51,7 @@ class RunAdvice(Callback):
             raise SettingError(f"RunAdvice.specificity_bound must be between 0 and 1, got {specificity_bound}")
         self.after_turns = after_turns
         self.specificity_bound = specificity_bound
-        self._state: dict[str, Any] = {
-            "turns": 0,
-            "before": 0.0,
-            "at_edit": 0.0,
-            "gained": 0.0,
-            "promised": 0.0,
-            "told": [],
-        }
+        self._state: dict[str, Any] = {"turns": 0, **dict.fromkeys(SUMS, 0.0), "told": []}
 
     def state_dict(self) -> dict[str, Any]:
         """Running sums, and what was said already."""
@@ -79,7 +73,7 @@ class RunAdvice(Callback):
                 f"{scale.ridge:.4g} in turn {report.turn.index}, and stay so"
             )
         if report.turn.phase == "edit" and report.step.passes and report.at_edit_efficacy is not None:
-            self._count(report)
+            self._count(report, pl_module.scoring)
             if self._state["turns"] == self.after_turns:
                 self._advise("early", pl_module.settings, f"after {self.after_turns} editing turns")
         specificity = trainer.callback_metrics.get("retained_specificity")
@@ -92,12 +86,14 @@ class RunAdvice(Callback):
         if trainer.is_global_zero and results.exists():
             self._watch(read_results(results)["retained"]["specificity"], "at the end")
 
-    def _count(self, report: TurnReport) -> None:
+    def _count(self, report: TurnReport, rule: ScoringRule) -> None:
+        """Add a turn; its score before it is by the rule of the one after, which whole answers have in common."""
         passes = report.step.passes
         assert report.at_edit_efficacy is not None
         after = passes[1].loss if len(passes) > 1 else sum(report.losses_after) / len(report.losses_after)
         self._state["turns"] += 1
-        self._state["before"] += passes[0].token_match
+        whole = sum(report.known_before) / len(report.known_before)
+        self._state["before"] += passes[0].token_match if rule == "token_match" else whole
         self._state["at_edit"] += report.at_edit_efficacy
         self._state["gained"] += passes[0].loss - after
         self._state["promised"] += report.step.plan.expected_gain / len(report.losses_after)

@@ -19,7 +19,7 @@ from stableedit_pl.data.turns import Turn
 from stableedit_pl.devices import ranks
 from stableedit_pl.devices.division import DivideAlgebra, solve_together
 from stableedit_pl.devices.shares import Share, gather_edits
-from stableedit_pl.errors import GO_ON, SettingError, require_choice
+from stableedit_pl.errors import GO_ON, IncompatibleCheckpoint, SettingError, require_choice
 from stableedit_pl.method.guard import Guard
 from stableedit_pl.method.normalization import Normalization, WhiteningSolver
 from stableedit_pl.method.scales import Scale, plain_scales
@@ -150,6 +150,7 @@ class LifelongEditor(ScoredModel):
         self.state_devices: Mapping[str, torch.device] = {}  # site name to where its state lives; absent: beside it
         self.start_from: Path | None = None
         self.forked_from: str | None = None
+        self.guarded = False
         self.report: TurnReport | None = None
         self._captured: Captured | None = None
         self._turn: Turn | None = None
@@ -213,7 +214,12 @@ class LifelongEditor(ScoredModel):
 
         Raises:
             RuntimeError: if they differ.
+            IncompatibleCheckpoint: if the run has protected directions, and nothing asks for them now.
         """
+        if self.state.guards and not self.guarded:
+            raise IncompatibleCheckpoint(
+                "the run has ProtectedDirections: add the callback as it was, or start a new run with --fork_from"
+            )
         if self.state.committed_turns != self.trainer.global_step:
             raise RuntimeError(
                 f"the checkpoint has {self.state.committed_turns} committed turns but the trainer is at step "

@@ -67,6 +67,7 @@ def main() -> int:
             sites=["model.layers.1.mlp.down_proj"],
             step_size=4e-4,
             ridge=10.0,
+            passes=1,
         )
         trainer.fit(editor, datamodule=EditStream(path=str(stream), turn_size=turn_size, micro_batch_tokens=2048))
     settled = watch.points[len(watch.points) // 5 :]

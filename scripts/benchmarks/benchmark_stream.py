@@ -71,7 +71,12 @@ def main() -> int:
             ],
         )
         editor = LifelongEditor(
-            base_model="demo", model_dtype="float32", sites=["model.layers.1.mlp.down_proj"], step_size=1e-4
+            base_model="demo",
+            model_dtype="float32",
+            sites=["model.layers.1.mlp.down_proj"],
+            step_size=1e-4,
+            ridge=10.0,
+            passes=1,
         )
         trainer.fit(editor, datamodule=EditStream(path=f"{folder}/stream.jsonl", turn_size=TURN_SIZE))
     lines, rows = timed.lines, []

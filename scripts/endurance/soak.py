@@ -31,6 +31,7 @@ from soak_watch import FACTS, LOG
 HERE = Path(__file__).resolve().parent
 BENCHMARKS = HERE.parent / "benchmarks"
 SITE = "model.layers.1.mlp.down_proj"
+METHOD = {"step_size": 1e-4, "ridge": 10.0, "passes": 1}
 STABILITY = ("update_norm", "weight_norm_ratio", "cosine_to_previous", "cosine_to_sum")
 
 
@@ -39,7 +40,7 @@ def write_config(folder: Path, turn_size: int) -> Path:
     settings = {
         "seed_everything": 0,
         "run_dir": str(folder / "run"),
-        "model": {"base_model": "demo", "model_dtype": "float32", "sites": [SITE], "step_size": 1e-4, "ridge": 10.0},
+        "model": {"base_model": "demo", "model_dtype": "float32", "sites": [SITE], **METHOD},
         "data": {
             "path": str(folder / "stream.jsonl"),
             "warmup_path": "demo",

@@ -24,12 +24,7 @@ def ordinary_text(stream: EditStream, encoder: Encoder, path: str | None) -> lis
     Raises:
         SettingError: if there is no such text.
     """
-    if path is None and stream.warmup_path is None:
-        raise SettingError(
-            "ProtectedDirections needs text that is not edited: set its path to a .txt file (a text a line) or to "
-            "rows, or set data.warmup_path, whose rows serve"
-        )
-    file = stream.warmup_file if path is None else Path(path).expanduser()
+    file = text_file(stream, path)
     if file.suffix == ".txt":
         return _lines(file, encoder)
     row_encoder = RecordEncoder(encoder, file)
@@ -39,11 +34,25 @@ def ordinary_text(stream: EditStream, encoder: Encoder, path: str | None) -> lis
     return [encoding for record in scored for encoding in (record.efficacy, *record.specificity)]
 
 
+def text_file(stream: EditStream, path: str | None) -> Path:
+    """The file of the text.
+
+    Raises:
+        SettingError: if there is none.
+    """
+    if path is None and stream.warmup_path is None:
+        raise SettingError(
+            "ProtectedDirections needs text that is not edited: set its path to a .txt file (a text a line) or to "
+            "rows, or set data.warmup_path, whose rows serve"
+        )
+    file = stream.warmup_file if path is None else Path(path).expanduser()
+    if not file.is_file():
+        raise SettingError(f"ProtectedDirections.path: there is no file {file}")
+    return file
+
+
 def _lines(file: Path, encoder: Encoder) -> list[Encoding]:
-    try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise SettingError(f"ProtectedDirections.path: cannot read {file}: {error.strerror}") from error
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     longest = min(LONGEST, encoder.context_length or LONGEST)
     found = []
     for line in lines:

@@ -40,8 +40,7 @@ class TurnPlan:
         norms: site name to its update's Frobenius norm.
         solvers: site name to who took the inverse root that whitened its value gradients; without the sites whose were
             not whitened.
-        scales: absolute settings that the turn was computed with, by scope.
-        kept_scales: those that all later turns are to have.
+        kept_scales: absolute settings that relative ones became in this turn, and that all later turns are to have.
         expected_gain: by how much the first pass would lower the loss of which it took gradients, were that linear.
     """
 
@@ -49,7 +48,6 @@ class TurnPlan:
     updates: Mapping[str, SiteUpdate] = field(default_factory=dict)
     norms: Mapping[str, float] = field(default_factory=dict)
     solvers: Mapping[str, Solver] = field(default_factory=dict)
-    scales: Scales = field(default_factory=dict)
     kept_scales: Scales = field(default_factory=dict)
     expected_gain: float = 0.0
 
@@ -102,14 +100,6 @@ class TurnDraft:
             for values in (rows.keys, rows.gradients)
         ]
         solutions = solve(list(problems.values()))
-        return self._solved(problems, solutions, faults)
-
-    def _solved(
-        self,
-        problems: Mapping[str, Problem],
-        solutions: Mapping[str, Solution],
-        faults: Sequence[tuple[str, Tensor]],
-    ) -> "TurnDraft":
         updates = {name: solutions[name].update for name in self.updates}
         failed = _unsolved(problems, solutions)
         norms = {name: update.norm() for name, update in updates.items()}
@@ -148,9 +138,8 @@ class TurnDraft:
                 f"the update of {', '.join(unbounded)} is not finite; a smaller step_size or a larger ridge may help"
             )
         wrong += [message for message, number in zip(after, numbers[len(before) :], strict=False) if not number]
-        scales = {scope: problem.scale for scope, problem in self.problems.items()}
         gain = sum(numbers[len(good) + len(norms) :])
-        plan = TurnPlan(self.statistics, self.updates, norms, self.solvers, scales, self.kept_scales, gain)
+        plan = TurnPlan(self.statistics, self.updates, norms, self.solvers, self.kept_scales, gain)
         return wrong, plan, others
 
 

@@ -38,7 +38,7 @@ class EditorState:
     Attributes:
         statistics: the LN statistics after the last committed turn.
         committed_turns: how many turns have been committed.
-        committing: True only while a commit writes; a state in which nothing may be saved.
+        committing: True only while a commit writes, or passes try weights on; a state in which nothing may be saved.
         scales: absolute settings that relative ones became, by scope.
         guards: site name to what updates leave alone; empty where nothing is.
         rejected_turns: indices of turns whose numbers were bad, so that nothing of them was applied.
@@ -194,7 +194,7 @@ class ClosedFormEdit(Optimizer):
         except BadTurn as error:
             if self.bad_turns == "raise":
                 raise
-            rejected = str(error)
+            rejected, self._passes = str(error), []
             plan, prepared = TurnPlan(self.editor_state.statistics), []
             log.warning("Turn %d is rejected: %s", self.editor_state.committed_turns, rejected)
         planned = time.perf_counter()

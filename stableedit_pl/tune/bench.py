@@ -23,7 +23,7 @@ from stableedit_pl.model.micro_batches import Batching
 from stableedit_pl.model.partial_forward import PartialForward
 from stableedit_pl.model.scoring import KINDS, EditScores, RecordAnswers, answer_records, score_records
 from stableedit_pl.model.sites import Site, resolve_sites
-from stableedit_pl.tune.candidates import Candidate
+from stableedit_pl.tune.candidates import WINDOWS, Candidate
 
 LOWER_MEGABYTES = 1024.0
 """Bound on the outputs of layers below the sites that are kept, for all site sets together."""
@@ -42,7 +42,7 @@ class Stream:
         candidate: its settings.
         state: of the editor.
         weights: of its sites, with their masters; empty before the first turn.
-        turns: applied.
+        turns: applied and scored.
         seconds: spent on it.
         scores: kind to mean over the edits applied so far; empty before any were.
         failed: why it ended; None while it goes on.
@@ -117,21 +117,19 @@ class Bench:
         settings = replace(self.editor.settings, **method)
         with self._weights_of(stream, found.sites):
             try:
-                while stream.turns < turns:
-                    self._apply(found, stream, settings)
-                    stream.turns += 1
-                stream.scores = self._scores(found, stream.turns)
+                for at in range(stream.turns, turns):
+                    self._apply(found, stream, settings, at)
+                stream.scores, stream.turns = self._scores(found, turns), turns
             except BadTurn as error:
                 stream.failed = str(error)
         stream.seconds += time.perf_counter() - started
 
-    def _apply(self, found: _SiteSet, stream: Stream, settings: MethodSettings) -> None:
-        """One more turn.
+    def _apply(self, found: _SiteSet, stream: Stream, settings: MethodSettings, at: int) -> None:
+        """One more turn, the one at ``at``.
 
         Raises:
             BadTurn: if its numbers are bad, or the first pass of the stream made things worse: no later one helps.
         """
-        at = stream.turns
         captured: list[Captured] = []
 
         def closure() -> Tensor:
@@ -173,7 +171,7 @@ class Bench:
             statistics = LNStatistics.empty(
                 sites, self.editor.statistics_scope, {site.name: site.weight.device for site in sites}
             )
-            found = _SiteSet(sites, forward, LowerOutputs(LOWER_MEGABYTES / 5), statistics)
+            found = _SiteSet(sites, forward, LowerOutputs(LOWER_MEGABYTES / (WINDOWS + 1)), statistics)
             rows, enough = 0, OWN_ROWS * self.editor.hidden_size()
             while rows < enough and found.fed < len(self.turns):
                 captured = self._capture(found.fed, found)

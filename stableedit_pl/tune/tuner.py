@@ -45,8 +45,10 @@ def tune(
 ) -> TuneResult:
     """Search sites, step, ridge and passes for a model and a kind of rows.
 
-    Short streams of several turns are applied and scored, and the weights put back. The configured settings are always
-    tried. ``exact_match`` scores what a model would write freely by greedy decoding, without decoding.
+    Short streams of several turns are applied and scored, and the weights put back. The configured settings are tried
+    first, with the defaults of relative settings where absolute ones are configured.
+
+    ``exact_match`` scores what a model would write freely by greedy decoding, without decoding.
 
     Args:
         editor: its model may be loaded already; sites and settings are where the search begins.

@@ -138,6 +138,19 @@ def test_a_step_that_does_nothing_or_too_much_is_told_apart(
     assert len(told) == (2 if step < 1 else 1), "early and at the end, once each; far too large a step scores by chance"
 
 
+def test_advice_compares_scores_of_one_rule(
+    tmp_path: Path, llama_folder: str, stream_file: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Whole answers, none before and some after: the tokens that were right before are no measure of that."""
+    model = {**RELATIVE, "relative_step": 0.5, "scoring": "exact_match"}
+    advice = RunAdvice(after_turns=1, specificity_bound=0)
+    fit(tmp_path / "run", llama_folder, {"path": stream_file}, model, callbacks=[advice])
+    known = [line["known_before"] for line in ledger(tmp_path / "run")]
+    assert advice.state_dict()["before"] == pytest.approx(sum(sum(known[i : i + 8]) / len(known[i : i + 8])
+                                                              for i in range(0, 33, 8)))  # fmt: skip
+    assert not [one for one in recwarn if "right after their turn" in str(one.message)]
+
+
 def test_lost_specificity_is_said_once_and_a_good_run_says_nothing(
     tmp_path: Path, llama_folder: str, stream_file: str, recwarn: pytest.WarningsRecorder
 ) -> None:
@@ -169,8 +182,13 @@ def test_protected_directions_keep_unrelated_answers_and_resume_exactly(
         fit(run, llama_folder, data, strong, callbacks=callbacks(), trainer={"max_steps": 2 + stop})
         fit(run, llama_folder, data, strong, callbacks=callbacks(), ckpt_path="last")
         assert_same_state(saved_state(run), saved_state(tmp_path / "whole"))
-    with pytest.raises(IncompatibleCheckpoint, match="'rank': 512"):
-        fit(run, llama_folder, data, strong, callbacks=callbacks(rank=3), ckpt_path="last")
+    other_text = tmp_path / "other.txt"
+    other_text.write_text("w1 w2 w3 w4\n")
+    for more in ({"rank": 3}, {"path": str(other_text)}):
+        with pytest.raises(IncompatibleCheckpoint, match=r"the run has ProtectedDirections with .*'rank': 512"):
+            fit(run, llama_folder, data, strong, callbacks=callbacks(**more), ckpt_path="last")
+    with pytest.raises(IncompatibleCheckpoint, match="add the callback as it was"):
+        fit(run, llama_folder, data, strong, callbacks=[WarmUp(mode="statistics_only")], ckpt_path="last")
     with pytest.raises(IncompatibleCheckpoint, match="began without ProtectedDirections"):
         fit(tmp_path / "plain", llama_folder, data, strong, callbacks=callbacks(), trainer={"max_steps": 9},
             ckpt_path="last")  # fmt: skip

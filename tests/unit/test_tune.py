@@ -124,6 +124,23 @@ def test_ctrl_c_keeps_the_best_so_far(tmp_path: Path, parts: Any, monkeypatch: p
     assert found.best.turns == 2
 
 
+def test_a_stream_that_is_broken_off_counts_as_far_as_it_was_scored(
+    tmp_path: Path, parts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    editor, stream, trainer = parts
+    real, calls = Bench._apply, []
+
+    def apply(self: Bench, *given: Any) -> None:
+        calls.append(given[-1])
+        if len(calls) == 4:  # the second turn of the second round
+            raise KeyboardInterrupt
+        real(self, *given)
+
+    monkeypatch.setattr(Bench, "_apply", apply)
+    found = trainer.tune(editor, stream, out=str(tmp_path / "tuned.yaml"), trials=1)
+    assert calls == [0, 1, 2, 3] and found.best.turns == 2
+
+
 def test_sites_are_runs_of_late_layers_of_the_mlp_output() -> None:
     windows = site_windows(tiny_llama(layers=12), 16)
     assert windows[0] == ("model.layers.{6..7}.mlp.down_proj",) and windows[-1] == (
