@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from stableedit_pl.method import problem as problem_module
 from stableedit_pl.method import workspace
 from stableedit_pl.method.planning import BadTurn, TurnPlan, plan_turn
-from stableedit_pl.method.ridge import SiteUpdate
+from stableedit_pl.method.ridge import SiteUpdate, ridge_update
 from stableedit_pl.method.scales import Scale
 from stableedit_pl.method.statistics import LNStatistics, Rows
 from stableedit_pl.method.workspace import Workspace
@@ -374,9 +374,9 @@ def test_all_passes_are_one_plan_of_which_each_saw_those_before(dtype: torch.dty
                 statistics.gradients[site.name],
                 SETTINGS,
                 Scale(0.01, 2.0),
-                left,
             )
-            update = problem.solve()[site.name].update
+            values = problem._targets([rows])[0] * left.float().unsqueeze(1)
+            update, _ = ridge_update(rows.keys, values, 2.0)
             sums[site.name] = sums[site.name] + update.left.double().T @ update.right
     for site, state in zip(bench.sites, states, strict=True):
         assert relative_difference(site.state, state + site.oriented(sums[site.name])) < 1e-6

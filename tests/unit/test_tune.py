@@ -47,6 +47,7 @@ def test_it_finds_better_settings_than_bad_ones_and_leaves_the_model_as_it_was(
     assert found.best is not found.streams[0]
     assert found.goal.value(found.best) > found.goal.value(found.streams[0])
     assert found.best.turns == 4 and len(found.streams) == 7
+    assert found.streams[0].turns == 2, "only the best third goes on"
     suggestion = found.suggestion()
     assert suggestion["step_size"] is None and suggestion["ridge"] is None
     overlay = yaml.safe_load((tmp_path / "out/tuned.yaml").read_text())
